@@ -1,0 +1,7 @@
+"""LLaMA in INT8 on one GPU: `LLaMA.build(ckpt_dir, tokenizer_path).generate(["..."], 64)`."""
+
+from llama.generation import LLaMA
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import Tokenizer
+
+__all__ = ["LLaMA", "ModelArgs", "Tokenizer", "Transformer"]

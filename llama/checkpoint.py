@@ -1,0 +1,318 @@
+"""How do files become a model?
+
+Meta's folder (`params.json`, one `consolidated.NN.pth` for each model-parallel shard) is checked
+whole before anything long starts: every name, shape and type against what `params.json` asks for,
+and the room on the device. Then the weights stream: shards are memory-mapped, so only what is being
+read is in memory; a matrix is joined from its shards in blocks of rows, quantized on the host by
+several threads, moved, and forgotten. Anonymous host memory peaks at a few matrices on CUDA and at
+the finished model on the CPU.
+"""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from llama.int8 import ROWS_A_BLOCK, Int8Linear, quantize
+from llama.model import ModelArgs, Transformer
+
+GIB = 2**30
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
+# same in every shard. Embeddings are split along the model dimension up to Code Llama.
+JOIN_DIM = {
+    **dict.fromkeys(["wq", "wk", "wv", "w1", "w3", "output"], 0),
+    **dict.fromkeys(["wo", "w2", "tok_embeddings"], 1),
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the model as the shards hold it, memory-mapped."""
+
+    name: str
+    pieces: list[Tensor]
+    dim: int | None  # on which the pieces are joined; None: one piece is the whole
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def blocks(self) -> list[list[Tensor]]:
+        """Consecutive blocks of rows, each the pieces that stand side by side in it."""
+        split = [piece.split(ROWS_A_BLOCK) for piece in self.pieces]
+        if self.dim == 1:
+            return [list(block) for block in zip(*split)]
+        return [[rows] for piece in split for rows in piece]
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        pieces = [piece.to(dtype) for piece in self.pieces]
+        return pieces[0].clone() if self.dim is None else torch.cat(pieces, self.dim)
+
+
+def read_params(ckpt_dir: Path) -> dict:
+    """The keys of params.json that `ModelArgs` knows; a warning names the others."""
+    if not ckpt_dir.is_dir():
+        found = "is a file" if ckpt_dir.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{ckpt_dir} {found}: pass the model folder, e.g. --ckpt_dir /w/13B"
+        )
+    if not list(ckpt_dir.glob("consolidated.*.pth")):
+        held = ", ".join(sorted(f"{p.name}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8])
+        models = sorted(p.parent for p in ckpt_dir.glob("*/consolidated.*.pth"))
+        example = models[0] if models else Path("/w/13B")
+        raise FileNotFoundError(
+            f"no consolidated.*.pth in {ckpt_dir} (it holds {held or 'nothing'}): "
+            f"pass the model folder, e.g. --ckpt_dir {example}"
+        )
+    path = ckpt_dir / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
+    params = params.get("model", params) if isinstance(params, dict) else params
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds no JSON object: download it again")
+
+    known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
+    if unknown := sorted(set(params) - known):
+        warnings.warn(f"{path}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=2)
+    return {key: params[key] for key in known & set(params)}
+
+
+def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
+    """`params` completed and checked; ValueError for what no LLaMA can have."""
+    if params.get("vocab_size", -1) == -1:
+        params = {**params, "vocab_size": vocab_size}
+    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
+    if missing:
+        raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
+    args = ModelArgs(**params, **limits)
+    for field in fields(args):
+        value = getattr(args, field.name)
+        kinds = (int, float) if "float" in str(field.type) else (int,)
+        if value is None and "None" in str(field.type):
+            continue
+        if type(value) not in kinds or not 0 < value < 2**31:
+            raise ValueError(f"{field.name} is {value!r}, expected a positive number")
+    if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
+        raise ValueError(
+            f"params.json has dim {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads}: "
+            "heads must divide dim evenly and n_kv_heads must divide n_heads"
+        )
+    if args.vocab_size != vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
+            "pass the tokenizer.model that came with these weights"
+        )
+    return args
+
+
+def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Tensor]]:
+    """File name -> its tensors, none of them read yet."""
+    names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
+    if names != expected:
+        absent = sorted(set(expected) - set(names))
+        raise FileNotFoundError(
+            f"{ckpt_dir} holds {', '.join(names)} but not {', '.join(absent)}: "
+            "fetch the missing shard, download.sh resumes"
+        )
+    return {name: open_shard(ckpt_dir / name) for name in names}
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    path.open("rb").close()  # the system's own words if it may not be read
+    size = f"{path.stat().st_size:,} bytes"
+    try:
+        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds, none of which names the file
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"{path} ({size}) is truncated or not a checkpoint ({reason}): "
+            "compare it with checklist.chk, download it again"
+        ) from None
+    tensors = isinstance(shard, dict) and all(isinstance(t, Tensor) for t in shard.values())
+    if not tensors or not all(isinstance(name, str) for name in shard):
+        raise ValueError(f"{path} holds no flat dict of tensors: expected one of Meta's shards")
+    return {n: t for n, t in shard.items() if not n.endswith("rope.freqs")}
+
+
+def weights(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> Iterator[Weight]:
+    """Each tensor of the model once, in its order; ValueError names the first that does not fit,
+    and whatever is missing or left over."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for file, shard in shards.items():
+        missing = [name for name in expected if name not in shard]
+        extra = [name for name in shard if name not in expected]
+        if missing or extra:
+            raise ValueError(
+                f"{file} and params.json do not belong together: missing {_some(missing)}, "
+                f"left over {_some(extra)}; take both from one model"
+            )
+    for name, shape in expected.items():
+        pieces = {file: shard[name] for file, shard in shards.items()}
+        dim = JOIN_DIM.get(name.split(".")[-2]) if len(shards) > 1 else None
+        want = list(shape)
+        if dim is not None:
+            want[dim] //= len(shards)
+        for file, piece in pieces.items():
+            if piece.dtype not in DTYPES:
+                raise ValueError(
+                    f"{name} in {file} is {piece.dtype}, expected float16, bfloat16 or float32: "
+                    "pass Meta's original checkpoint"
+                )
+            if name == "tok_embeddings.weight" and piece.shape[0] != shape[0]:
+                raise ValueError(
+                    f"the weights have {piece.shape[0]} tokens, the tokenizer {shape[0]}: "
+                    "pass the tokenizer.model that came with these weights"
+                )
+            if list(piece.shape) != want:
+                raise ValueError(
+                    f"{name} in {file} is {tuple(piece.shape)}, but params.json and "
+                    f"{len(shards)} shard{'s' * (len(shards) > 1)} ask for {tuple(want)}"
+                    f"{_shard_count(piece, shape, len(shards))}: take all files from one model"
+                )
+        yield Weight(name, list(pieces.values())[: None if dim is not None else 1], dim)
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _shard_count(piece: Tensor, shape: tuple[int, ...], found: int) -> str:
+    count = torch.Size(shape).numel() / max(piece.numel(), 1)
+    return f" (it is one of {count:.0f} shards)" if count in range(1, 65) and count != found else ""
+
+
+def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
+    """Bytes of all weights on the device, from shapes alone: the model may be on "meta"."""
+    total = 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, Int8Linear):
+                total += parameter.numel() + 4 * parameter.shape[0]
+            else:
+                total += parameter.numel() * dtype.itemsize
+    return total
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.1f} MiB"
+
+
+def cache_bytes(args: ModelArgs, batch: int, length: int, dtype: torch.dtype) -> int:
+    return 2 * args.n_layers * batch * length * args.kv_heads * args.head_dim * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process can still take: on CUDA what the driver and torch's own pool have free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _kernel_says("/proc/meminfo", "MemAvailable") or sys.maxsize
+
+
+def anonymous_bytes() -> int:
+    """Host memory of this process that no file backs (mapped shards are not in it); 0 where the
+    kernel does not tell."""
+    return _kernel_says("/proc/self/status", "RssAnon")
+
+
+def _kernel_says(file: str, key: str) -> int:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:  # not Linux
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
+
+
+def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+    """MemoryError unless the weights and one sequence of max_seq_len fit on the device."""
+    args = model.args
+    weights_need = weight_bytes(model, dtype)
+    cache_need = cache_bytes(args, 1, args.max_seq_len, dtype)
+    free = free_bytes(device)
+    if weights_need + cache_need > free:
+        raise MemoryError(
+            f"the model needs {weights_need / GIB:.1f} GiB for weights and {cache_need / GIB:.1f} "
+            f"GiB for one sequence of {args.max_seq_len} tokens, {device} has {free / GIB:.1f} GiB "
+            "free: lower --max_seq_len, keep --use_int8=True, or take a smaller model"
+        )
+
+
+def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) -> Transformer:
+    """The model of a folder on `device`, in fp16 (float32 on the CPU) where it is not int8."""
+    started, memory_before = time.perf_counter(), anonymous_bytes()
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
+    plan = list(weights(model, open_shards(ckpt_dir)))
+    check_room(model, device, dtype)
+
+    peak = 0
+    total = sum(weight.nbytes for weight in plan)
+    threads = torch.get_num_threads()
+    bar = tqdm(
+        total=total / GIB,
+        desc=f"Loading {ckpt_dir.name}",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} GiB, "
+        "{postfix}{remaining} left",
+    )
+    # Each worker quantizes its own rows on one core.
+    with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for weight in plan:
+                peak = max(peak, fill(model, weight, device, dtype, pool))
+                layer = weight.name.split(".")[1] if weight.name.startswith("layers.") else ""
+                if layer:
+                    bar.set_postfix_str(f"layer {int(layer) + 1}/{args.n_layers}", refresh=False)
+                bar.update(weight.nbytes / GIB)
+        finally:
+            torch.set_num_threads(threads)
+    model.rotation = model.rotation.to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    print(
+        f"Loaded {ckpt_dir.name} in {time.perf_counter() - started:.1f} s: "
+        f"{size(weight_bytes(model, dtype))} on {device}, "
+        f"host memory peaked {size(max(0, peak - memory_before))} above the start",
+        file=sys.stderr,
+    )
+    return model
+
+
+def fill(
+    model: Transformer,
+    weight: Weight,
+    device: torch.device,
+    dtype: torch.dtype,
+    pool: ThreadPoolExecutor,
+) -> int:
+    """Puts one weight into its module; returns the anonymous host memory at its widest."""
+    path, attribute = weight.name.rsplit(".", 1)
+    module = model.get_submodule(path)
+    pin = device.type == "cuda"
+    if isinstance(module, Int8Linear):
+        try:
+            CB, SCB = quantize(weight.blocks(), pool, pin)
+        except ValueError as error:
+            raise ValueError(f"{weight.name} {error}: the shards are damaged") from None
+        module.set(CB.to(device, non_blocking=True), SCB.to(device, non_blocking=True))
+    else:
+        tensor = weight.whole(dtype)
+        setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
+    return anonymous_bytes()

@@ -1,0 +1,230 @@
+"""How does it talk?
+
+`LLaMA` joins a model and its tokenizer: `build` is the one place where the parts are wired,
+`generate` continues prompts. Prompts of different lengths share a batch without padding: each is
+prefilled alone and whole, then all rows decode together, each from its own position.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama import checkpoint
+from llama.model import KVCache, Transformer
+from llama.sampling import NOT_FINITE, penalize, sample
+from llama.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parent / "demo"
+
+
+class LLaMA:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 32,
+        use_int8: bool = True,
+        device: str | torch.device | None = None,
+    ) -> "LLaMA":
+        """Loads a model folder in Meta's format; without a folder, the small demo model.
+
+        A tokenizer not given is looked for in the folder and beside it. use_int8=False keeps the
+        weights in fp16 (float32 on the CPU). The device is CUDA if there is any. Progress goes to
+        stderr. OSError, ValueError, MemoryError or ImportError say in one sentence what is wrong,
+        before anything long starts where that can be.
+        """
+        if not isinstance(use_int8, bool):
+            raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
+        folder = DEMO if ckpt_dir is None else Path(str(ckpt_dir))
+        target = pick_device(device, use_int8)
+        params = checkpoint.read_params(folder)
+        if tokenizer_path is None:
+            beside = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
+            tokenizer_path = next((path for path in beside if path.is_file()), beside[0])
+        tokenizer = Tokenizer(str(tokenizer_path))
+        limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        args = checkpoint.model_args(params, tokenizer.n_words, **limits)
+        return LLaMA(checkpoint.load(folder, args, target, use_int8), tokenizer)
+
+    def generate(
+        self,
+        prompts: list[str],
+        max_gen_len: int,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.0,
+        repetition_penalty_range: int = 1024,
+        repetition_penalty_slope: float = 0.0,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Each prompt with its continuation of at most max_gen_len tokens, in order.
+
+        A row ends at the model's end-of-text token or when prompt and continuation fill
+        max_seq_len. Temperature 0 is greedy; `sampling` has the formulas. A seed gives the same
+        text again for the same prompt in the same place of the list.
+
+        ValueError for a setting out of range, a prompt longer than max_seq_len or more prompts than
+        max_batch_size; MemoryError if the sequences do not fit; FloatingPointError if the model
+        computes logits that are not finite.
+        """
+        check("max_gen_len", max_gen_len, int, 1)
+        check("temperature", temperature, float, 0)
+        check("top_p", top_p, float, 0, 1)
+        if top_p == 0:
+            raise ValueError("top_p is 0, expected more: temperature 0 is greedy")
+        check("repetition_penalty", repetition_penalty, float, 0.01, 100)
+        check("repetition_penalty_range", repetition_penalty_range, int, 1)
+        check("repetition_penalty_slope", repetition_penalty_slope, float, 0)
+        if seed is not None:
+            check("seed", seed, int, 0, 2**63 - 1)
+        prompt_ids = self._encode(prompts)
+
+        def choose(logits: Tensor, tokens: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
+            if repetition_penalty != 1:
+                logits = penalize(
+                    logits,
+                    tokens,
+                    lengths,
+                    repetition_penalty,
+                    repetition_penalty_range,
+                    repetition_penalty_slope,
+                )
+            return sample(logits, temperature, top_p, uniform)
+
+        new_ids: list[list[int]] = [[] for _ in prompts]
+        try:
+            for step in self._decode(prompt_ids, max_gen_len, choose, seed):
+                for row, token in step.items():
+                    new_ids[row].append(token)
+        except torch.OutOfMemoryError:
+            raise MemoryError(self._too_big(prompt_ids, max_gen_len)) from None
+        return [p + self._continuation(*ids) for p, *ids in zip(prompts, prompt_ids, new_ids)]
+
+    def _encode(self, prompts: list[str]) -> list[list[int]]:
+        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompts is {prompts!r:.60}, expected a list of strings")
+        args = self.model.args
+        if len(prompts) > args.max_batch_size:
+            raise ValueError(
+                f"{len(prompts)} prompts, max_batch_size is {args.max_batch_size}: "
+                "pass fewer at once or raise max_batch_size"
+            )
+        prompt_ids = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+        for i, ids in enumerate(prompt_ids):
+            if len(ids) > args.max_seq_len:
+                raise ValueError(
+                    f"prompt {i + 1} has {len(ids)} tokens, max_seq_len is {args.max_seq_len}: "
+                    "shorten it or raise max_seq_len"
+                )
+        return prompt_ids
+
+    def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
+        """Text of new_ids where they stand: a first piece's leading space is part of it."""
+        before = self.tokenizer.decode(prompt_ids)
+        return self.tokenizer.decode(prompt_ids + new_ids)[len(before) :]
+
+    def _decode(
+        self,
+        prompt_ids: list[list[int]],
+        max_gen_len: int,
+        choose: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        seed: int | None,
+    ) -> Iterator[dict[int, int]]:
+        """Yields for each step the new token of every row that is still going."""
+        model, eos_id = self.model, self.tokenizer.eos_id
+        weight = model.tok_embeddings.weight
+        lengths = [len(ids) for ids in prompt_ids]
+        ends = [min(n + max_gen_len, model.args.max_seq_len) for n in lengths]
+        going = {row for row, (n, end) in enumerate(zip(lengths, ends)) if n < end}
+        if not going:
+            return
+        B, S = len(lengths), max(ends)
+        need = checkpoint.cache_bytes(model.args, B, S, weight.dtype)
+        if need > checkpoint.free_bytes(weight.device):
+            raise MemoryError(self._too_big(prompt_ids, max_gen_len))
+
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        # As many numbers a row as it can ever need: row b's do not depend on this call's length.
+        uniform = torch.rand(B, model.args.max_seq_len, generator=generator).to(weight.device)
+        tokens = torch.zeros(B, S, dtype=torch.long, device=weight.device)
+        cache = KVCache(model.args, B, S, weight)
+        logits = []
+        for row, ids in enumerate(prompt_ids):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            logits.append(model(tokens[row : row + 1, : len(ids)], 0, cache.row(row)))
+        logits = torch.cat(logits)
+        rows = torch.arange(B, device=weight.device)
+        position = torch.tensor(lengths, device=weight.device)  # where a row's next token goes
+        last = torch.tensor([end - 1 for end in ends], device=weight.device)
+
+        for step in range(max(end - n for n, end in zip(lengths, ends))):
+            chosen = choose(logits, tokens, position, uniform[:, step])
+            ids = chosen.tolist()
+            if any(ids[row] == NOT_FINITE for row in going):
+                raise FloatingPointError(
+                    f"the model computed logits that are not finite at token {step + 1} of the "
+                    "continuation: the weights are damaged or overflow fp16"
+                )
+            going = {row for row in going if ids[row] != eos_id and lengths[row] + step < ends[row]}
+            yield {row: ids[row] for row in going}
+            if not going:
+                return
+            # A row that has ended goes on in its last place, where nobody looks.
+            chosen, position = chosen.clamp(min=0), torch.minimum(position, last)
+            tokens[rows, position] = chosen
+            logits = model(chosen[:, None], position, cache)
+            position = position + 1
+
+    def _too_big(self, prompt_ids: list[list[int]], max_gen_len: int) -> str:
+        args, weight = self.model.args, self.model.tok_embeddings.weight
+        longest = min(max(map(len, prompt_ids)) + max_gen_len, args.max_seq_len)
+        need = checkpoint.cache_bytes(args, len(prompt_ids), longest, weight.dtype)
+        return (
+            f"{len(prompt_ids)} sequences of {longest} tokens need {need / checkpoint.GIB:.1f} GiB "
+            f"for keys and values and some for work, {weight.device} has "
+            f"{checkpoint.free_bytes(weight.device) / checkpoint.GIB:.1f} GiB free: pass fewer "
+            "prompts at once (--max_batch_size) or lower --max_gen_len"
+        )
+
+
+def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.device:
+    """CUDA if there is any, unless told otherwise; ValueError or ImportError if it cannot work."""
+    try:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}, expected cuda, cuda:1 or cpu") from None
+    if target.type not in ("cuda", "cpu"):
+        raise ValueError(f"device is {target}, expected cuda, cuda:1 or cpu")
+    if target.type == "cpu":
+        return target
+    if not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {target}, but torch {torch.__version__} sees {torch.cuda.device_count()} "
+            "CUDA devices: install a CUDA build of torch and the driver, or pass --device=cpu"
+        )
+    from bitsandbytes.cextension import lib
+
+    if use_int8 and getattr(lib, "compiled_with_cuda", False) is not True:
+        raise ImportError(
+            f"bitsandbytes has no library for CUDA {torch.version.cuda}: reinstall it (pip install "
+            "-r requirements.txt), see python -m bitsandbytes, or pass --use_int8=False"
+        )
+    return target
+
+
+def check(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
+    """ValueError unless value is a number of this kind (an int is a float too) within bounds."""
+    kinds = (int,) if kind is int else (int, float)
+    if type(value) not in kinds or not low <= value <= high or math.isinf(value):
+        number = "a whole number" if kind is int else "a number"
+        bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}, expected {number}, {bounds}")

@@ -1,0 +1,243 @@
+"""What is LLaMA?
+
+The decoder-only Transformer of Touvron et al. 2023 (arXiv 2302.13971, section 2.2) with the
+additions of Llama 2 and Code Llama (grouped-query attention, another rope base), on one device.
+Weights carry Meta's names and shapes.
+
+The class of the linear layers is an argument: `Int8Linear` stores them in 8 bits, `nn.Linear` gives
+the same model in the floating-point type of its weights. Nothing here samples, loads or knows a
+file.
+
+Letters in shapes: B rows of the batch, T tokens of this step, S length of the cache, H heads,
+K head dimension, D model dimension, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.int8 import Int8Linear
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The keys of Meta's `params.json`, and the two limits of a session."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: the tokenizer's
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None  # None: 1
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    max_batch_size: int = 32
+    max_seq_len: int = 512
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer: 2/3 of 4 D (arXiv 2302.13971, section 2.2), rounded
+        up to a multiple."""
+        hidden = int((self.ffn_dim_multiplier or 1) * int(2 * 4 * self.dim / 3))
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+
+class KVCache:
+    """Keys and values of `batch` sequences of at most `length` tokens, in fp16
+    4 x n_layers x kv_heads x head_dim bytes a token. Positions not yet written are zeros, since a
+    masked NaN would still poison a sum."""
+
+    def __init__(self, args: ModelArgs, batch: int, length: int, like: Tensor):
+        shape = (args.n_layers, batch, length, args.kv_heads, args.head_dim)
+        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.zeros_like(self.k)
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[2]
+
+    def row(self, b: int) -> "KVCache":
+        """The cache of sequence b alone; it shares this one's memory."""
+        view = object.__new__(KVCache)
+        view.k, view.v = self.k[:, b : b + 1], self.v[:, b : b + 1]
+        return view
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, T, Hkv, K) at positions (B, T); returns all the layer has of both,
+        (B, S, Hkv, K)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.k[layer][rows, positions] = k
+        self.v[layer][rows, positions] = v
+        return self.k[layer], self.v[layer]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32 (Zhang and Sennrich 2019,
+    arXiv 1910.07467, section 4)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+def rotation_table(args: ModelArgs) -> Tensor:
+    """(max_seq_len, K/2, 2): cos and sin of m theta^(-2i/K) at position m and pair i (Su et al.
+    2021, arXiv 2104.09864, section 3.2.2). The angles are taken in float64: in float32 they would
+    be off by 1e-4 at position 2,000."""
+    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device="cpu")
+    frequencies = args.rope_theta ** (-pairs / args.head_dim)
+    positions = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
+    angles = torch.outer(positions, frequencies)
+    return torch.stack([angles.cos(), angles.sin()], -1).float()
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns the pairs (x0, x1), (x2, x3) ... of x (B, T, H, K) by rotation (B, T, K/2, 2)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation[:, :, None].unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, linear: type[nn.Linear]):
+        super().__init__()
+        self.args = args
+        kv_dim = args.kv_heads * args.head_dim
+        self.wq = linear(args.dim, args.dim, bias=False)
+        self.wk = linear(args.dim, kv_dim, bias=False)
+        self.wv = linear(args.dim, kv_dim, bias=False)
+        self.wo = linear(args.dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember) -> Tensor:
+        """mask (B, 1, T, S) says what a token sees; None: this step's tokens up to itself.
+        remember(k, v) takes this step's keys and values and returns all that came so far."""
+        head_dim = self.args.head_dim
+        q = rotate(self.wq(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, H, K)
+        k = rotate(self.wk(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, Hkv, K)
+        v = self.wv(x).unflatten(-1, (-1, head_dim))
+        k, v = remember(k, v)  # (B, S, Hkv, K)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.args.kv_heads != self.args.n_heads,
+        )
+        return self.wo(out.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202, section 2)."""
+
+    def __init__(self, args: ModelArgs, linear: type[nn.Linear]):
+        super().__init__()
+        self.w1 = linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, linear: type[nn.Linear]):
+        super().__init__()
+        self.attention = Attention(args, linear)
+        self.feed_forward = FeedForward(args, linear)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, mask, remember)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+def pair(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step without a cache remembers: its own."""
+    return k, v
+
+
+class Transformer(nn.Module):
+    """`model(tokens, start_pos)` continues the sequences of the call before; 0 begins new ones."""
+
+    def __init__(self, args: ModelArgs, linear: type[nn.Linear] = Int8Linear):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = linear(args.dim, args.vocab_size, bias=False)
+        self.register_buffer("rotation", rotation_table(args), persistent=False)
+        self.cache: KVCache | None = None
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Float32 logits (B, V) of what follows the last of tokens (B, T).
+
+        start_pos is the position of tokens[:, 0], one for all rows or a tensor (B,) with each row's
+        own. Without a cache the model keeps one itself, which grows with the sequences, and raises
+        ValueError past max_seq_len.
+        """
+        if cache is None:
+            cache = self._own_cache(tokens, start_pos)
+        return self.output(self.features(tokens, start_pos, cache)[:, -1]).float()
+
+    def features(
+        self, tokens: Tensor, start_pos: int | Tensor = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        """What the output head reads, (B, T, D); without a cache, of these tokens alone."""
+        T = tokens.shape[1]
+        start = torch.as_tensor(start_pos, device=tokens.device).reshape(-1, 1)
+        positions = (start + torch.arange(T, device=tokens.device)).expand(tokens.shape)  # (B, T)
+        rotation, mask = self.rotation[positions], None
+        if cache:
+            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
+
+        x = self.tok_embeddings(tokens)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, partial(cache.update, i, positions) if cache else pair)
+        return self.norm(x)
+
+    def _own_cache(self, tokens: Tensor, start_pos: int | Tensor) -> KVCache:
+        B, T = tokens.shape
+        end = int(torch.as_tensor(start_pos).max()) + T
+        if end > self.args.max_seq_len:
+            raise ValueError(
+                f"the sequence reaches {end} tokens, max_seq_len is {self.args.max_seq_len}: "
+                "shorten it or raise max_seq_len"
+            )
+        old = self.cache
+        if old is None or old.batch != B or old.length < end:
+            length = min(self.args.max_seq_len, max(64, 2 * end))
+            self.cache = KVCache(self.args, B, length, self.tok_embeddings.weight)
+            if old is not None and old.batch == B:
+                self.cache.k[:, :, : old.length] = old.k
+                self.cache.v[:, :, : old.length] = old.v
+        return self.cache

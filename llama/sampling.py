@@ -1,0 +1,55 @@
+"""Logits (B, V) -> next token (B,): repetition penalty, temperature, top-p.
+
+Everything stays on the device of the logits and nothing waits for the host. The randomness comes in
+as one uniform number a row, so a row's draw does not depend on its company.
+"""
+
+import torch
+from torch import Tensor
+
+NOT_FINITE = -1  # the token of a row whose logits are not all finite
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """Temperature 0 takes the most likely token. Otherwise the draw is from softmax(logits /
+    temperature), cut to its nucleus: the smallest set of most likely tokens whose probabilities add
+    up to top_p or more (Holtzman et al. 2020, arXiv 1904.09751, section 3.1). uniform (B,) in
+    [0, 1) picks the token by inverting the cumulated probabilities, most likely first."""
+    finite = logits.isfinite().all(-1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        below_top = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
+        probability, order = torch.softmax(below_top / temperature, -1).sort(-1, descending=True)
+        before = probability.cumsum(-1) - probability
+        probability = probability.where(before < top_p, 0)
+        cumulated = probability.cumsum(-1)
+        picked = (cumulated < uniform[:, None] * cumulated[:, -1:]).sum(-1, keepdim=True)
+        token = order.gather(-1, picked)[:, 0]
+    return token.where(finite, NOT_FINITE)
+
+
+def penalize(
+    logits: Tensor, tokens: Tensor, lengths: Tensor, penalty: float, window: int, slope: float
+) -> Tensor:
+    """Logits with the tokens already there made less likely (Keskar et al. 2019, arXiv 1909.05858,
+    section 4.1): a logit above 0 is divided by the token's penalty, one below is multiplied by it.
+
+    Of row b the last `window` of tokens[b, :lengths[b]] count. With slope 0 all have the full
+    penalty. Otherwise it rises with position: for the i-th of the n that count,
+    x = 2 i / (n - 1) - 1 and y = slope x / (1 + |x| (slope - 1)) both run from -1 to 1, and the
+    penalty is 1 + (penalty - 1) (1 + y) / 2, so the oldest has none and the newest all of it
+    (KoboldAI's repetition penalty slope). A token that stands there twice has its newest one's.
+    """
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    first = (lengths - window).clamp(min=0)[:, None]
+    counts = (position >= first) & (position < lengths[:, None])
+    share = counts.float()
+    if slope != 0:
+        newest = lengths[:, None] - 1
+        x = (1 - 2 * (newest - position) / (newest - first).clamp(min=1)).clamp(-1, 1)
+        y = slope * x / (1 + x.abs() * (slope - 1))
+        share = share * (1 + y) / 2
+    strength = torch.zeros_like(logits).scatter_reduce(-1, tokens, share, "amax")
+    factor = 1 + (penalty - 1) * strength
+    return torch.where(logits > 0, logits / factor, logits * factor)

@@ -1,0 +1,46 @@
+"""Text <-> token ids, with the sentencepiece model that comes with the weights.
+
+Llama 2's and Code Llama's `tokenizer.model` work too; Llama 3's is of another kind (tiktoken) and
+is refused.
+"""
+
+import re
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+
+class Tokenizer:
+    def __init__(self, model_path: str | Path):
+        """FileNotFoundError or ValueError, each with what to pass instead."""
+        path = Path(model_path)
+        if not path.is_file():
+            found = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(
+                f"tokenizer {path} {found}: pass the tokenizer.model that came with the weights, "
+                "e.g. --tokenizer_path /w/tokenizer.model"
+            )
+        content = path.read_bytes()
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+            raise ValueError(
+                f"{path} is a tiktoken file, as Llama 3 has it: this program reads the "
+                "sentencepiece tokenizer.model of LLaMA 1, Llama 2 and Code Llama"
+            )
+        self._sp = SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise ValueError(
+                f"{path} ({len(content):,} bytes) is not a sentencepiece model: download it "
+                "again and compare its md5 sum with tokenizer_checklist.chk"
+            ) from None
+        self.n_words: int = self._sp.vocab_size()
+        self.bos_id: int = self._sp.bos_id()
+        self.eos_id: int = self._sp.eos_id()
+        self.pad_id: int = self._sp.pad_id()  # -1 in Meta's file: it has none
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        return [self.bos_id] * bos + self._sp.encode(s) + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        return self._sp.decode(ids)
