@@ -30,6 +30,7 @@ e5d9790df955270b836aec79462ead22  65B/consolidated.07.pth
 "
 TRIES=8 # connections a file, with pauses of 2, 4, 6 ... s: about a minute without network
 USAGE="run PRESIGNED_URL='https://...' ./download.sh 7B,13B /data/llama"
+EXPIRED="the link has probably expired, request a new one"
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "$* run the same command again"; failed=$((failed + 1)); }
@@ -52,50 +53,52 @@ transfer() {
   if [ $tool = curl ]; then
     [ -t 2 ] && progress=--progress-bar || progress=--silent
     printf 'url = "%s"\n' "$address" | curl --config - --globoff --location --fail --show-error \
-      --connect-timeout 30 --speed-limit 1 --speed-time 60 $progress -C - --output "$2" &
+      --connect-timeout 30 --speed-limit 1 --speed-time 60 $progress -C - --output "$2" \
+      --write-out ', HTTP %{http_code}' > "$status" &
   else # quiet, as otherwise wget prints the address
     [ -t 2 ] && progress=--show-progress || progress=--quiet
     printf '%s\n' "$address" | wget --input-file=- --tries=1 --timeout=60 --quiet $progress \
-      --continue --output-document="$2" &
+      --continue --output-document="$2" > "$status" &
   fi
   child=$!
   wait $child
 }
 
-fetch() { # $1: path, $2: its md5 sum, or "" where none is known
-  local file="$folder/$1" part="$folder/$1.part" try=1 rc found
+fetch() { # $1: path, $2: its md5 sum where SUMS lacks it; a checklist has none anywhere
+  local file="$folder/$1" part="$folder/$1.part" try=1 rc first found sum
+  sum=${2:-$(printf '%s' "$SUMS" | sum_of "$1")}
   if [ -e "$file" ]; then
     found=$(md5_of "$file")
-    [ "$found" = "${2:-$found}" ] || fail "$file has md5 sum $found, not $2: delete it and"
+    [ "$found" = "${sum:-$found}" ] || fail "$file has md5 sum $found, not $sum: delete it and"
     return 0
   fi
   say "$1: downloading"
-  { : >> "$part"; } 2> /dev/null || die "cannot write $part: free space or choose another folder"
+  { mkdir -p "${file%/*}" && : >> "$part"; } 2> /dev/null ||
+    die "cannot write $part: free space or choose another folder"
   while :; do
     rc=0; transfer "$1" "$part" || rc=$?
-    case "$tool $rc" in
-      *" 0") break ;;
-      "curl 22" | "wget 8")
-        die "the server refused $1: the link has probably expired, request a new one" ;;
-      "curl 23" | "wget 3") die "cannot write $part: free disk space and run again to resume" ;;
-      "curl 33") : > "$part" ;; # no ranges here: from the start, then
+    rc="$tool exit $rc$(< "$status")"
+    case $rc in
+      *"exit 0"* | *"HTTP 416") break ;; # 416: no byte is missing, so the sum decides
+      *"HTTP 5"* | *"HTTP 429") ;; # busy
+      "curl exit 22"* | "wget exit 8"*) die "the server refused $1 ($rc): $EXPIRED" ;;
+      "curl exit 23"* | "wget exit 3"*) die "cannot write $part ($rc): free space, run again" ;;
+      "curl exit 33"*) : > "$part" ;; # no ranges here: from the start, then
     esac
-    [ $try -lt $TRIES ] || die "no $1 ($tool exit $rc): check the network, run again to resume"
-    say "$1: interrupted ($tool exit $rc), trying again in $((2 * try)) s"
+    [ $try -lt $TRIES ] || die "no $1 ($rc): check the network and run again to resume"
+    say "$1: interrupted ($rc), trying again in $((2 * try)) s"
     sleep $((2 * try++))
   done
   # An error page sent as a success begins with <. Only blanks may come before it: a tokenizer.model
   # begins with a line feed, a control character, again the two, then <unk>.
-  if [ "$(head -c 64 "$part" | LC_ALL=C tr -d '\000[:space:]' | LC_ALL=C cut -c 1)" = "<" ]; then
-    rm -f "$part"
-    die "a web page came as $1: the link has probably expired, request a new one"
-  fi
+  first=$(head -c 64 "$part" | LC_ALL=C tr -d '\000[:space:]' | LC_ALL=C cut -c 1)
+  [ "$first" != "<" ] || { rm -f "$part"; die "a web page came as $1: $EXPIRED"; }
   found=$(md5_of "$part")
-  if [ "$found" = "${2:-$found}" ]; then
+  if [ "$found" = "${sum:-$found}" ]; then
     mv -f "$part" "$file"
   else
     rm -f "$part" # to resume it would repeat the error
-    fail "$1 came with md5 sum $found, not $2, and was deleted:"
+    fail "$1 came with md5 sum $found, not $sum, and was deleted:"
   fi
 }
 
@@ -104,9 +107,9 @@ tool=curl
 have curl || tool=wget
 have $tool || die "neither curl nor wget found: install one of them"
 have md5sum || have md5 || die "neither md5sum nor md5 found: install coreutils"
-url=${PRESIGNED_URL:-} sizes=${1:-} folder=${2:-} failed=0 child=
+url=${PRESIGNED_URL:-} sizes=${1:-} folder=${2:-} failed=0 child=''
 export -n PRESIGNED_URL url # the tools need not inherit it
-trap 'kill $child 2> /dev/null; exit 130' INT TERM HUP
+
 
 [ -n "$url" ] || { ask "link (PRESIGNED_URL)"; url=$answer; }
 case $url in
@@ -126,17 +129,17 @@ case $folder in
   *) folder=./$folder ;; # its name may begin with -
 esac
 
-mkdir -p "$folder" || die "cannot create $folder: choose another folder"
-fetch tokenizer.model "$(printf '%s' "$SUMS" | sum_of tokenizer.model)"
-fetch tokenizer_checklist.chk ""
+status=$folder/.http_status # curl's, as a background process cannot set a variable
+trap 'rm -f "$status"' EXIT
+fetch tokenizer.model
+fetch tokenizer_checklist.chk
 for size in ${sizes//,/ }; do
-  mkdir -p "$folder/$size"
-  fetch "$size/checklist.chk" ""
-  sum=$(sum_of params.json < "$folder/$size/checklist.chk")
-  [ -n "$sum" ] || die "no params.json in $folder/$size/checklist.chk: delete it and run again"
-  fetch "$size/params.json" "$sum"
+  fetch "$size/checklist.chk"
+  params=$(sum_of params.json < "$folder/$size/checklist.chk")
+  [ -n "$params" ] || die "no params.json in $folder/$size/checklist.chk: delete it and run again"
+  fetch "$size/params.json" "$params"
   for path in $(printf '%s' "$SUMS" | awk -v size="$size/" 'index($2, size) == 1 { print $2 }'); do
-    fetch "$path" "$(printf '%s' "$SUMS" | sum_of "$path")"
+    fetch "$path"
   done
 done
 [ $failed = 0 ] || die "$failed of the files failed, as said above"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llama.int8 import ROWS_A_BLOCK, Int8Linear, quantize
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs, Transformer, rotation_table
 
 GIB = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -283,7 +283,7 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
                 bar.update(weight.nbytes / GIB)
         finally:
             torch.set_num_threads(threads)
-    model.rotation = model.rotation.to(device)
+    model.rotation = rotation_table(args).to(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     print(

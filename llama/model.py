@@ -192,7 +192,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = linear(args.dim, args.vocab_size, bias=False)
-        self.register_buffer("rotation", rotation_table(args), persistent=False)
+        rotation = rotation_table(args).to(self.tok_embeddings.weight.device)
+        self.register_buffer("rotation", rotation, persistent=False)
         self.cache: KVCache | None = None
 
     @torch.inference_mode()
