@@ -77,7 +77,7 @@ fetch() { # $1: path, $2: its md5 sum where SUMS lacks it; a checklist has none 
     die "cannot write $part: free space or choose another folder"
   while :; do
     rc=0; transfer "$1" "$part" || rc=$?
-    rc="$tool exit $rc$(< "$status")"
+    child='' rc="$tool exit $rc$(< "$status")"
     case $rc in
       *"exit 0"* | *"HTTP 416") break ;; # 416: no byte is missing, so the sum decides
       *"HTTP 5"* | *"HTTP 429") ;; # busy
@@ -94,12 +94,9 @@ fetch() { # $1: path, $2: its md5 sum where SUMS lacks it; a checklist has none 
   first=$(head -c 64 "$part" | LC_ALL=C tr -d '\000[:space:]' | LC_ALL=C cut -c 1)
   [ "$first" != "<" ] || { rm -f "$part"; die "a web page came as $1: $EXPIRED"; }
   found=$(md5_of "$part")
-  if [ "$found" = "${sum:-$found}" ]; then
-    mv -f "$part" "$file"
-  else
-    rm -f "$part" # to resume it would repeat the error
-    fail "$1 came with md5 sum $found, not $sum, and was deleted:"
-  fi
+  if [ "$found" = "${sum:-$found}" ]; then mv -f "$part" "$file"; return; fi
+  rm -f "$part" # to resume it would repeat the error
+  fail "$1 came with md5 sum $found, not $sum, and was deleted:"
 }
 
 [ $# -le 2 ] || die "$# arguments, but SIZES (joined by commas) and FOLDER are two: $USAGE"
@@ -109,7 +106,7 @@ have $tool || die "neither curl nor wget found: install one of them"
 have md5sum || have md5 || die "neither md5sum nor md5 found: install coreutils"
 url=${PRESIGNED_URL:-} sizes=${1:-} folder=${2:-} failed=0 child=''
 export -n PRESIGNED_URL url # the tools need not inherit it
-
+trap 'kill $child 2> /dev/null; exit 130' INT TERM HUP
 
 [ -n "$url" ] || { ask "link (PRESIGNED_URL)"; url=$answer; }
 case $url in
@@ -125,8 +122,7 @@ done
 [ -n "$folder" ] || { ask "folder"; folder=$answer; }
 case $folder in
   \~ | \~/*) folder=$HOME${folder#?} ;; # typed at the prompt, where no shell expands it
-  /*) ;;
-  *) folder=./$folder ;; # its name may begin with -
+  [!/]*) folder=./$folder ;; # its name may begin with -
 esac
 
 status=$folder/.http_status # curl's, as a background process cannot set a variable

@@ -269,8 +269,8 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     bar = tqdm(
         total=total / GIB,
         desc=f"Loading {ckpt_dir.name}",
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} GiB, "
-        "{postfix}{remaining} left",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
+        "{remaining} left",
     )
     # Each worker quantizes its own rows on one core.
     with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -10,15 +10,17 @@ rounded: x @ (CB * SCB / 127) in float32.
 import logging
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# At import, bitsandbytes warns that a 4-bit kernel is missing which nothing here uses.
+# At import, bitsandbytes prepares 4-bit functions that nothing here calls: it warns that a kernel
+# of theirs is missing, and hands them to torch.compile, whose own import takes 3 s.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes as bnb  # noqa: E402
+with patch("torch.compile", lambda function, **_: function):
+    import bitsandbytes as bnb
 
 OUTLIER_THRESHOLD = 6.0  # activations from here on stay in fp16: arXiv 2208.07339, section 3.2
 ROWS_A_BLOCK = 64  # a block of fp32 rows stays in a core's L2 cache

@@ -188,7 +188,9 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs, linear: type[nn.Linear] = Int8Linear):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        # nn.Embedding itself begins with normal_(), which imports torch._dynamo: a second a start.
+        table = torch.empty(args.vocab_size, args.dim).uniform_(-1, 1)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = linear(args.dim, args.vocab_size, bias=False)

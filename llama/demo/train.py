@@ -167,7 +167,7 @@ def main(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, epochs * per_epoch, pct_start=0.02, cycle_momentum=False, div_factor=100
     )
-    loss = torch.compile(nats) if device == "cuda" else nats
+    loss = torch.compile(nats, dynamic=False) if device == "cuda" else nats
     half = torch.autocast(device, torch.bfloat16)
     window = torch.arange(CONTEXT + 1, device=device)
     started = time.perf_counter()
@@ -186,7 +186,7 @@ def main(
         if epoch % 5 == 4 or epoch == epochs - 1:
             model.eval()
             with half:
-                held_out = held_out_loss(lambda windows: loss(model, windows), valid_ids)
+                held_out = held_out_loss(lambda windows: nats(model, windows), valid_ids)
             bits = held_out * len(valid_ids) / math.log(2) / valid_characters
             print(
                 f"epoch {epoch + 1}: training {mean.item():.3f}, "

@@ -1,0 +1,25 @@
+"""`pip install .` (the package with its demo model), `pip install .[test]` for the tests."""
+
+from setuptools import setup
+
+setup(
+    name="llama-int8",
+    version="0.1.0",
+    description="LLaMA inference in INT8 on one GPU",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="GPL-3.0-only",
+    python_requires=">=3.10",
+    packages=["llama", "llama.demo"],
+    package_data={
+        "llama.demo": ["*.json", "*.pth", "tokenizer.model", "SOURCES.md"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "bitsandbytes>=0.50",
+        "sentencepiece>=0.2",
+        "fire>=0.7",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "numpy>=2", "ruff==0.17.6"]},
+)

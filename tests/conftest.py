@@ -1,0 +1,51 @@
+"""What do the tests share? The demo model, and small random checkpoints of any shape."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_weights, tiny_params, write_checkpoint
+
+from llama import LLaMA
+
+DEMO = Path(__file__).parents[1] / "llama" / "demo"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, torch sees none"))
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """make_folder(n_shards, dtype, outliers, **params) -> (folder, params, weights): a model folder
+    with the demo's tokenizer."""
+
+    def make(n_shards=1, dtype=torch.float16, outliers=(), name="tiny", **overrides):
+        params = tiny_params(**overrides)
+        weights = random_weights(params, dtype=dtype, outliers=outliers, vocab_size=vocab_size())
+        folder = write_checkpoint(tmp_path / name, params, weights, n_shards)
+        shutil.copy(DEMO / "tokenizer.model", folder)
+        return folder, params, weights
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model in int8 on the CPU."""
+    return LLaMA.build(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo_float():
+    return LLaMA.build(device="cpu", use_int8=False)
+
+
+def vocab_size() -> int:
+    from llama import Tokenizer
+
+    return Tokenizer(DEMO / "tokenizer.model").n_words

@@ -1,0 +1,100 @@
+"""Does the script do for a user what the README says?"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT, script=ROOT / "example.py"):
+    """As a user does: a process of its own, stdout and stderr apart."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_demo_prints_a_story_on_stdout_and_progress_on_stderr(tmp_path):
+    done = run("--max_gen_len=30", "--seed=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+    assert done.stdout.endswith("\n==================================\n\n")
+    assert "Loaded demo in" in done.stderr and "Loaded" not in done.stdout
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_meta_folder_with_tokenizer_beside_it(make_folder):
+    folder, _, _ = make_folder(2)
+    beside = folder.parent / "tokenizer.model"
+    (folder / "tokenizer.model").rename(beside)
+    for arguments in ([], ["--tokenizer_path", beside], ["--use_int8=False"]):
+        done = run("--ckpt_dir", folder, *arguments, "--max_batch_size=1", "--max_gen_len=5")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Once upon a time")
+
+
+def test_edited_prompts_run_in_batches(tmp_path):
+    text = (ROOT / "example.py").read_text()
+    start, end = text.index("prompts = ["), text.index("]\n", text.index("prompts = ["))
+    edited = text[:start] + 'prompts = ["One day", "The king", "A fox"' + text[end:]
+    (tmp_path / "mine.py").write_text(edited)
+    done = run("--max_batch_size=2", "--max_gen_len=5", script=tmp_path / "mine.py")
+    assert done.returncode == 0, done.stderr
+    texts = [t.strip() for t in done.stdout.split("==================================")]
+    assert [t[:5] for t in texts] == ["One d", "The k", "A fox", ""]
+
+
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_1():
+    done = run("--ckpt_dir", "/nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "error: /nowhere does not exist: pass the model folder, e.g. --ckpt_dir /w/13B"
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
+        (["--max-genlen", "5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
+        (["--zzz"], "unknown flag --zzz: see --help"),
+        (["--ckpt_dir", str(ROOT)], "no consolidated.*.pth in"),
+        (["--tokenizer_path", str(ROOT / "setup.py")], "is not a sentencepiece model"),
+        (["--temperature=hot"], "temperature is 'hot', expected a number, 0 or more"),
+        (["--use_int8=no"], "use_int8 is 'no', expected True or False"),
+        (["--max_batch_size=0"], "max_batch_size is 0, expected a positive number"),
+        (["--max_batch_size=two"], "max_batch_size is 'two', expected a positive number"),
+        (["--max_seq_len=4"], "prompt 1 has 1"),
+    ],
+    ids=str,
+)
+def test_mistakes(arguments, message, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("example", ROOT / "example.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(sys, "argv", ["example.py", "--device=cpu", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(example.main)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 1 and out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_an_argument_too_many_runs_nothing():
+    done = run(*["x"] * 20)
+    assert done.returncode != 0 and "Loaded" not in done.stderr and done.stdout == ""
+
+
+def test_help_lists_every_flag():
+    done = run("--help")
+    assert done.returncode == 0
+    for flag in ("ckpt_dir", "max_gen_len", "use_int8", "repetition_penalty_slope", "seed"):
+        assert f"--{flag}" in done.stdout + done.stderr

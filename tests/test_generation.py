@@ -1,0 +1,248 @@
+"""Does it talk, and is each row what it would be alone?"""
+
+import pytest
+import torch
+
+from llama import LLaMA, generation
+
+PROMPTS = [
+    "Once upon a time there was a little",
+    "The king",
+    "In the middle of the forest, where nobody ever went, an old bear had built himself a house",
+]
+
+
+def test_results_are_prompts_with_continuations_in_order(demo):
+    results = demo.generate(PROMPTS, max_gen_len=20, seed=1)
+    assert len(results) == 3
+    for prompt, result in zip(PROMPTS, results):
+        assert result.startswith(prompt) and len(result) > len(prompt) + 10
+
+
+def test_batch_equals_one_by_one_in_float32(demo_float):
+    together = demo_float.generate(PROMPTS, max_gen_len=60, temperature=0)
+    alone = [demo_float.generate([p], max_gen_len=60, temperature=0)[0] for p in PROMPTS]
+    assert together == alone
+
+
+def test_same_seed_same_text_and_another_seed_another(demo):
+    one, two, other = (demo.generate(PROMPTS, max_gen_len=30, seed=s) for s in (5, 5, 6))
+    assert one == two and one != other
+
+
+def test_same_prompt_twice_gives_two_texts(demo):
+    a, b = demo.generate(PROMPTS[:1] * 2, max_gen_len=30, seed=5)
+    assert a != b
+
+
+def test_a_rows_draw_does_not_depend_on_its_company(demo_float):
+    alone = demo_float.generate(PROMPTS[:1], max_gen_len=40, seed=5)
+    assert demo_float.generate(PROMPTS, max_gen_len=40, seed=5)[:1] == alone
+
+
+def test_no_seed_is_random(demo):
+    state = torch.get_rng_state()
+    assert demo.generate(PROMPTS, 30) != demo.generate(PROMPTS, 30)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
+
+
+def test_decode_agrees_with_one_prefill_of_its_result(demo_float):
+    """Greedy tokens are the most likely ones when the whole text is scored at once."""
+    model, tokenizer = demo_float.model, demo_float.tokenizer
+    prompt_ids = tokenizer.encode(PROMPTS[0], bos=True, eos=False)
+    steps = demo_float._decode([prompt_ids], 80, lambda logits, *_: logits.argmax(-1), 0)
+    new_ids = [step[0] for step in steps]
+    assert len(new_ids) == 80
+    with torch.no_grad():
+        logits = model.output(model.features(torch.tensor([prompt_ids + new_ids])))[0]
+    assert logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist() == new_ids
+
+
+def test_penalty_prevents_repetition(demo):
+    plain = demo.generate(["the the the the"], 40, temperature=0)[0].split()
+    penalized = demo.generate(["the the the the"], 40, temperature=0, repetition_penalty=2.0)
+    assert len(set(penalized[0].split())) > len(set(plain))
+
+
+class Scripted(torch.nn.Module):
+    """Stands in for the head: row b says its own list of tokens, whatever the input."""
+
+    def __init__(self, scripts, vocab_size):
+        super().__init__()
+        self.scripts, self.vocab_size, self.calls = scripts, vocab_size, 0
+
+    def forward(self, x):
+        prefill, rows = self.calls < len(self.scripts), range(len(x))
+        step = 0 if prefill else self.calls - len(self.scripts) + 1
+        if prefill:
+            rows = [self.calls]
+        self.calls += 1
+        logits = torch.zeros(len(x), self.vocab_size)
+        for i, row in enumerate(rows):
+            logits[i, self.scripts[row][min(step, len(self.scripts[row]) - 1)]] = 9
+        return logits
+
+
+@pytest.fixture
+def script(demo):
+    head = demo.model.output
+
+    def install(*texts):
+        encode = demo.tokenizer.encode
+        scripts = [encode(text, bos=False, eos=True) for text in texts]
+        demo.model.output = Scripted(scripts, demo.tokenizer.n_words)
+        return scripts
+
+    yield install
+    demo.model.output = head
+
+
+def test_a_row_stops_at_eos_and_the_call_when_all_have(demo, script):
+    scripts = script("was red.", "and his queen lived long ago.")
+    results = demo.generate(["The fox", "The king"], 100, temperature=0)
+    assert results == ["The fox was red.", "The king and his queen lived long ago."]
+    # A prefill for each prompt, then one step for each token up to the longer row's end.
+    assert demo.model.output.calls == 2 + len(scripts[1]) - 1
+
+
+def test_bytes_of_one_character_become_that_character(demo, script):
+    script("\N{FOX FACE}日本")
+    assert demo.generate(["A"], 50, temperature=0) == ["A \N{FOX FACE}日本"]
+
+
+def test_prompt_is_returned_verbatim(demo):
+    prompt = "  Two  spaces \n\n\ttab \N{FOX FACE} "
+    assert demo.generate([prompt], 3)[0].startswith(prompt)
+
+
+def test_max_seq_len_ends_a_row(make_folder):
+    llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu")
+    ids = llm.tokenizer.encode("The king", bos=True, eos=False)
+    steps = list(llm._decode([ids, ids[:2]], 100, lambda logits, *_: logits.argmax(-1), 0))
+    assert sum(0 in step for step in steps) == 16 - len(ids)
+    assert sum(1 in step for step in steps) == 14
+
+
+def test_prompt_as_long_as_max_seq_len_gets_no_continuation(make_folder):
+    llm = LLaMA.build(make_folder()[0], max_seq_len=9, device="cpu")
+    prompt = "a" * 3
+    while len(llm.tokenizer.encode(prompt, bos=True, eos=False)) < 9:
+        prompt += "\N{FOX FACE}" if len(llm.tokenizer.encode(prompt, True, False)) < 6 else " a"
+    assert len(llm.tokenizer.encode(prompt, bos=True, eos=False)) == 9
+    assert llm.generate([prompt], 5) == [prompt]
+    with pytest.raises(ValueError, match="prompt 1 has 10 tokens, max_seq_len is 9"):
+        llm.generate([prompt + " a"], 5)
+
+
+def test_cache_takes_what_this_call_needs(demo, monkeypatch):
+    made = []
+    cache = generation.KVCache
+    monkeypatch.setattr(generation, "KVCache", lambda *a: made.append(a) or cache(*a))
+    demo.generate(PROMPTS[:2], max_gen_len=5)
+    longest = max(len(demo.tokenizer.encode(p, True, False)) for p in PROMPTS[:2])
+    assert made[0][1:3] == (2, longest + 5)
+
+
+def test_no_prompts_no_results(demo):
+    assert demo.generate([], 5) == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_gen_len": 0}, "max_gen_len is 0, expected a whole number, 1 or more"),
+        ({"max_gen_len": 2.5}, "max_gen_len is 2.5, expected a whole number"),
+        ({"max_gen_len": True}, "max_gen_len is True, expected a whole number"),
+        ({"temperature": -0.1}, "temperature is -0.1, expected a number, 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1, expected a number, from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"repetition_penalty_range": 0}, "repetition_penalty_range is 0"),
+        ({"repetition_penalty_slope": -1}, "repetition_penalty_slope is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"prompts": "one string"}, "prompts is 'one string', expected a list of strings"),
+        ({"prompts": [1]}, "expected a list of strings"),
+        ({"prompts": ["a"] * 33}, "33 prompts, max_batch_size is 32"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(demo, settings, message):
+    with pytest.raises(ValueError, match=message):
+        demo.generate(**{"prompts": ["a"], "max_gen_len": 5} | settings)
+
+
+def test_logits_that_are_not_finite_raise(make_folder):
+    """Weights that fp16 holds, but whose product float32 does not."""
+    llm = LLaMA.build(make_folder()[0], device="cpu", use_int8=False)
+    with torch.no_grad():
+        llm.model.norm.weight.fill_(3e38)
+    with pytest.raises(FloatingPointError, match="logits that are not finite at token 1"):
+        llm.generate(["The king"], 5)
+
+
+def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
+    monkeypatch.setattr(generation.checkpoint, "free_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"sequences of \d+ tokens need .* lower --max_gen_len"):
+        demo.generate(PROMPTS, 50)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device": "gpu"}, "device is 'gpu', expected cuda, cuda:1 or cpu"),
+        ({"device": "meta"}, "device is meta, expected"),
+        ({"use_int8": "false"}, "use_int8 is 'false', expected True or False"),
+        ({"max_seq_len": 0}, "max_seq_len is 0, expected a positive number"),
+        ({"max_batch_size": "many"}, "max_batch_size is 'many', expected a positive number"),
+    ],
+    ids=str,
+)
+def test_build_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        LLaMA.build(**{"device": "cpu"} | options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_cuda_without_cuda():
+    with pytest.raises(ValueError, match="torch .* sees 0 CUDA devices"):
+        LLaMA.build(device="cuda")
+
+
+def test_bitsandbytes_without_its_cuda_library(monkeypatch):
+    import bitsandbytes.cextension as cextension
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("absent"))
+    with pytest.raises(ImportError, match="bitsandbytes has no library for CUDA .* --use_int8"):
+        LLaMA.build(device="cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("use_int8", [True, False])
+def test_cuda_says_nearly_what_the_cpu_says(use_int8, demo_float):
+    """fp16 keeps 11 bits, int8 7: the logits' error stays below 1 % and 5 % of their spread."""
+    tokens = torch.tensor([demo_float.tokenizer.encode(PROMPTS[2], bos=True, eos=False)])
+    expected = demo_float.model(tokens, 0)
+    llm = LLaMA.build(device="cuda", use_int8=use_int8)
+    error = llm.model(tokens.cuda(), 0).cpu() - expected
+    assert error.std() < (0.05 if use_int8 else 0.01) * expected.std()
+    results = llm.generate(PROMPTS, 40, seed=3, repetition_penalty=1.1)
+    assert all(r.startswith(p) for p, r in zip(PROMPTS, results))
+
+
+@pytest.mark.cuda
+def test_cuda_memory_is_given_back():
+    import gc
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    llm = LLaMA.build(device="cuda")
+    llm.generate(PROMPTS, 40)
+    del llm
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20 * 40  # cuBLAS keeps a workspace

@@ -1,0 +1,114 @@
+"""Are the 8 bits bitsandbytes' own, and is the product what they stand for?"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from llama import ModelArgs, Transformer
+from llama.int8 import Int8Linear, quantize
+
+
+def matrix(rows=150, columns=96, dtype=torch.float16):
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    w[5] = 0
+    w[7, 3] = 60000
+    w[9] *= 1e-7  # fp16 denormals
+    w[11] = 0.125
+    return w
+
+
+def theirs(w):
+    parameter = bnb.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
+    return parameter.to("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_codes_equal_bitsandbytes(dtype):
+    w = matrix(dtype=dtype)
+    CB, SCB = quantize([[block] for block in w.split(64)])
+    assert torch.equal(SCB, theirs(w).SCB)
+    nonzero = SCB > 0  # 0 / 0 is what bitsandbytes' host path rounds in a row of zeros
+    assert torch.equal(CB[nonzero], theirs(w).CB[nonzero])
+    assert (CB[5] == 0).all() and SCB[5] == 0
+
+
+def test_blocks_pieces_and_threads_change_nothing():
+    w = matrix()
+    whole = quantize([[w]])
+    with ThreadPoolExecutor(3) as pool:
+        blocks = [list(rows.tensor_split(3, 1)) for rows in w.split(17)]
+        pieces = quantize(blocks, pool)
+    assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 70000.0], ids=str)
+def test_values_that_fp16_does_not_hold_are_refused(value):
+    w = matrix(dtype=torch.float32)
+    w[3, 3] = value
+    with pytest.raises(ValueError, match="not finite in fp16"):
+        quantize([[w]])
+
+
+def test_product_is_that_of_the_dequantized_matrix():
+    layer = Int8Linear(96, 150)
+    CB, SCB = quantize([[matrix()]])
+    layer.set(CB, SCB)
+    x = torch.randn(2, 7, 96)
+    exact = x.double() @ (CB.double() * SCB.double()[:, None] / 127).T
+    # Products of 96 terms, one float32 rounding each, relative to the sum of their magnitudes.
+    magnitude = x.double().abs() @ (CB.double().abs() * SCB.double()[:, None] / 127).T
+    assert ((layer(x) - exact).abs() <= 96 * 2**-24 * magnitude + 1e-30).all()
+
+
+def test_rounding_error_of_a_weight_is_at_most_half_a_step():
+    w = matrix(dtype=torch.float32)
+    w[7, 3] = 1
+    CB, SCB = quantize([[w]])
+    step = SCB[:, None].double() / 127
+    error = (CB.double() * step - w.half().double()).abs()
+    assert (error <= step / 2 * (1 + 1e-6)).all()
+    assert not (error <= step / 4).all()
+
+
+def test_every_linear_layer_is_a_linear8bitlt():
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=100, multiple_of=32)
+    linears = [m for m in Transformer(args).modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 2 * 7 + 1
+    for layer in linears:
+        assert isinstance(layer, bnb.nn.Linear8bitLt)
+        assert layer.state.threshold == 6.0 and not layer.state.has_fp16_weights
+
+
+def test_state_dict_has_bitsandbytes_names():
+    layer = Int8Linear(96, 150)
+    layer.set(*quantize([[matrix()]]))
+    state = layer.state_dict()
+    assert set(state) == {"weight", "SCB", "weight_format"}
+    assert state["weight"].dtype == torch.int8 and state["SCB"].dtype == torch.float32
+
+
+def test_layer_follows_its_model_to_another_type():
+    model = nn.Sequential(Int8Linear(96, 150))
+    model[0].set(*quantize([[matrix()]]))
+    model.half()
+    assert model[0].state.CB.dtype == torch.int8
+    assert model[0].state.SCB.dtype == torch.float32
+
+
+@pytest.mark.cuda
+def test_layer_follows_its_model_to_the_gpu_and_multiplies_as_bitsandbytes():
+    w = matrix(160, 96)
+    w[7, 3] = 1
+    ours = nn.Sequential(Int8Linear(96, 160))
+    ours[0].set(*quantize([[w]]))
+    ours.cuda()
+    stock = bnb.nn.Linear8bitLt(96, 160, bias=False, has_fp16_weights=False, threshold=6.0)
+    stock.weight = bnb.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
+    stock.cuda().eval()
+    x = torch.randn(5, 96, device="cuda").half()
+    x[2, 7] = 9
+    assert ours[0].state.CB.is_cuda and ours[0].state.SCB.is_cuda
+    assert torch.equal(ours(x), stock(x))

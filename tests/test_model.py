@@ -1,0 +1,135 @@
+"""Is it LLaMA? In float32 against a float64 forward that shares no code with it.
+
+Tolerance of the equalities in float32: the models here have logits of order one, each the end of
+about 40 roundings of a relative 6e-8 that add up like a random walk; 2e-5 leaves a factor of 10.
+`test_tolerance_can_fail` shows that the smallest real mistake is far outside.
+"""
+
+import oracle
+import pytest
+import torch
+from checkpoints import random_weights, tiny_params
+from torch import nn
+
+from llama import ModelArgs, Transformer
+from llama.model import KVCache
+
+TOLERANCE = 2e-5
+TOKENS = [1, 17, 30, 5, 5, 99, 2, 64, 31, 8, 77, 12, 50]
+SHAPES = {
+    "as LLaMA": {},
+    "grouped queries": {"n_heads": 8, "n_kv_heads": 2},
+    "one kv head": {"n_kv_heads": 1},
+    "rope of Code Llama": {"rope_theta": 1e6, "norm_eps": 1e-6},
+    "ffn of Llama 2 70B": {"ffn_dim_multiplier": 1.3, "n_layers": 3},
+    "large eps": {"norm_eps": 1e-2},
+}
+
+
+def float_model(params: dict, weights: dict, **limits) -> Transformer:
+    args = ModelArgs(**params | {"vocab_size": 100}, max_seq_len=64, **limits)
+    model = Transformer(args, nn.Linear).eval()
+    model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
+    return model
+
+
+def build(**overrides):
+    params = tiny_params(**overrides)
+    weights = random_weights(params, dtype=torch.float32, outliers=(3,), vocab_size=100)
+    return params, weights, float_model(params, weights)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_oracle(name):
+    params, weights, model = build(**SHAPES[name])
+    expected = torch.from_numpy(oracle.logits(weights, params, TOKENS))
+    with torch.no_grad():
+        logits = model.output(model.features(torch.tensor([TOKENS])))[0]
+    assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"rope_theta": 1.01e4}, {"norm_eps": 3e-4}, {"n_kv_heads": 1}], ids=str
+)
+def test_tolerance_can_fail(mistake):
+    params, weights, model = build(n_heads=8, n_kv_heads=2)
+    if "n_kv_heads" in mistake:  # two heads swapped
+        for name in weights:
+            if name.endswith("wk.weight"):
+                weights[name] = weights[name].roll(8, 0)
+        mistake = {}
+    expected = torch.from_numpy(oracle.logits(weights, params | mistake, TOKENS)[-1])
+    logits = model(torch.tensor([TOKENS]), 0)[0]
+    assert (logits - expected).abs().max() > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["as LLaMA", "grouped queries"])
+def test_cache_equals_no_cache(name):
+    _, _, model = build(**SHAPES[name])
+    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
+    model(tokens[:, :4], 0)
+    model(tokens[:, 4:9], 4)
+    for i in range(9, len(TOKENS)):
+        cached = model(tokens[:, i : i + 1], i)
+    with torch.no_grad():
+        expected = model.output(model.features(tokens)[:, -1])
+    assert (cached - expected).abs().max() < TOLERANCE
+
+
+def test_own_positions_in_one_batch_equal_one_by_one():
+    _, _, model = build()
+    prompts = [TOKENS[:9], TOKENS[:3], TOKENS[:6]]
+    cache = KVCache(model.args, 3, 20, model.tok_embeddings.weight)
+    for row, prompt in enumerate(prompts):
+        model(torch.tensor([prompt]), 0, cache.row(row))
+    together = model(torch.tensor([[40], [41], [42]]), torch.tensor([9, 3, 6]), cache)
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.tensor([[*prompt, 40 + row]]), 0)
+        assert (together[row] - alone[0]).abs().max() < TOLERANCE
+
+
+def test_own_cache_grows_and_begins_anew():
+    _, _, model = build()
+    tokens = torch.tensor([TOKENS * 4])
+    for i in range(tokens.shape[1]):
+        cached = model(tokens[:, i : i + 1], i)
+    assert model.cache.length <= model.args.max_seq_len
+    whole = model(tokens, 0)
+    assert (cached - whole).abs().max() < TOLERANCE
+
+
+def test_past_max_seq_len_is_an_error():
+    _, _, model = build()
+    with pytest.raises(ValueError, match="reaches 65 tokens, max_seq_len is 64"):
+        model(torch.zeros(1, 1, dtype=torch.long), 64)
+
+
+def test_usable_as_soon_as_built():
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=100, multiple_of=32)
+    assert args.max_batch_size == 32
+    for model in (Transformer(args), Transformer(args, nn.Linear)):
+        logits = model(torch.tensor([[1, 2, 3]]), 0)
+        assert logits.shape == (1, 100) and logits.dtype == torch.float32
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "shape, hidden",
+    [
+        ({"dim": 4096}, 11008),
+        ({"dim": 5120}, 13824),
+        ({"dim": 6656}, 17920),
+        ({"dim": 8192}, 22016),
+        ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
+        ({"dim": 4096, "ffn_dim_multiplier": 1.0}, 11008),
+    ],
+    ids=str,
+)
+def test_ffn_sizes_of_the_published_models(shape, hidden):
+    assert ModelArgs(**shape).hidden_dim == hidden
+
+
+def test_cache_takes_what_it_is_asked_for():
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100)
+    cache = KVCache(args, 3, 10, torch.empty(0))
+    assert cache.k.shape == cache.v.shape == (2, 3, 10, 2, 16)

@@ -1,0 +1,93 @@
+"""Does the next token come from the distribution that the formulas say?"""
+
+import pytest
+import torch
+
+from llama.sampling import NOT_FINITE, penalize, sample
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+
+
+def draw(logits, temperature=1.0, top_p=1.0, n=10_000):
+    """Shares of the tokens over n evenly spread uniform numbers: exact to 1 / n a token."""
+    uniform = (torch.arange(n) + 0.5) / n
+    tokens = sample(logits.expand(n, -1), temperature, top_p, uniform)
+    return torch.bincount(tokens, minlength=logits.shape[-1]) / n
+
+
+def test_whole_distribution():
+    assert torch.allclose(draw(PROBABILITIES.log()), PROBABILITIES, atol=3e-4)
+
+
+def test_temperature_sharpens():
+    expected = PROBABILITIES.square() / PROBABILITIES.square().sum()
+    assert torch.allclose(draw(PROBABILITIES.log(), temperature=0.5), expected, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.8, [1, 3, 4])]
+)
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
+    expected = torch.zeros(5)
+    expected[kept] = PROBABILITIES[kept]
+    expected /= expected.sum()
+    assert torch.allclose(draw(PROBABILITIES.log(), top_p=top_p), expected, atol=3e-4)
+
+
+def test_temperature_0_and_nearly_0_are_greedy():
+    logits = torch.tensor([[1.0, 5.0, 2.0], [300.0, -400.0, 299.0]])
+    for temperature in (0, 1e-30):
+        assert sample(logits, temperature, 0.9, torch.tensor([0.999, 0.5])).tolist() == [1, 0]
+
+
+def test_ends_of_the_uniform_numbers_pick_possible_tokens():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, -1000.0]]).nan_to_num(neginf=-1e30)
+    for u in (0.0, 1 - 2**-24):
+        assert sample(logits, 1.0, 1.0, torch.tensor([u])).item() in (0, 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_marked_alone(bad):
+    logits = torch.randn(3, 50)
+    logits[1, 7] = bad
+    for temperature in (0, 0.8):
+        tokens = sample(logits, temperature, 0.95, torch.full((3,), 0.5))
+        assert tokens[1] == NOT_FINITE and (tokens[[0, 2]] >= 0).all()
+
+
+def test_a_row_does_not_depend_on_its_company():
+    logits, uniform = torch.randn(8, 100), torch.rand(8)
+    together = sample(logits, 0.8, 0.9, uniform)
+    for row in range(8):
+        assert sample(logits[row : row + 1], 0.8, 0.9, uniform[row : row + 1]) == together[row]
+
+
+def slow_penalty(logits, history, penalty, window, slope):
+    """The docstring of `penalize`, one token at a time."""
+    logits = logits.clone()
+    recent = history[-window:]
+    for token in set(recent):
+        i = max(j for j, t in enumerate(recent) if t == token)
+        n, p = len(recent), penalty
+        if slope:
+            x = 2 * i / (n - 1) - 1 if n > 1 else 1.0
+            y = slope * x / (1 + abs(x) * (slope - 1))
+            p = 1 + (penalty - 1) * (1 + y) / 2
+        logits[token] = logits[token] / p if logits[token] > 0 else logits[token] * p
+    return logits
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("window", [1, 2, 5, 1024])
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_penalty_equals_its_formula(slope, window, penalty):
+    histories = [[3, 7, 3, 9, 1, 1, 4], [5], [2, 2, 2, 8]]
+    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
+    tokens = torch.zeros(3, 10, dtype=torch.long)
+    for row, history in enumerate(histories):
+        tokens[row, : len(history)] = torch.tensor(history)
+    lengths = torch.tensor([len(h) for h in histories])
+    got = penalize(logits, tokens, lengths, penalty, window, slope)
+    for row, history in enumerate(histories):
+        expected = slow_penalty(logits[row], history, penalty, window, slope)
+        assert torch.allclose(got[row], expected, rtol=1e-5)
