@@ -112,10 +112,10 @@ def main(
     dim: int = 256,
     n_layers: int = 7,
     n_heads: int = 8,
-    epochs: int = 30,
-    dropout: float = 0.1,
+    epochs: int = 36,
+    dropout: float = 0.2,
     batch: int = 32,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     weight_decay: float = 0.1,
     seed: int = 0,
 ):

@@ -1,0 +1,87 @@
+"""Does the README say what is? Every command in it is run, here or, to install, by .ci/run."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_example import run
+
+from llama import LLaMA
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S)
+    for line in block.splitlines()
+]
+
+
+def test_every_command_is_known():
+    """A new command in the README needs a test, here or elsewhere."""
+    assert COMMANDS == [
+        "pip install -r requirements.txt && python example.py",  # .ci/run
+        'pip install -r requirements.txt -e ".[test]" && python -m pytest',  # .ci/run
+        "PRESIGNED_URL='https://...' ./download.sh 7B,13B /w",  # test_download.py
+        "python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model"
+        " --max_batch_size=1",
+    ]
+    assert "grep '^pip install' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_command_with_metas_weights(make_folder):
+    folder, _, _ = make_folder(2, name="13B")
+    (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
+    command = COMMANDS[3].replace("/w/", f"{folder.parent}/")
+    done = run(*shlex.split(command)[2:], "--max_gen_len=5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+
+
+def test_notebook_code(make_folder, capsys):
+    code = re.search(r"^```python\n(.*?)^```$", README, re.M | re.S)[1]
+    folder, _, _ = make_folder(2, name="13B")
+    (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
+    exec(code.replace("/w/", f"{folder.parent}/"), {})
+    assert capsys.readouterr().out.startswith("I believe the meaning of life is")
+
+
+def test_benchmark_command():
+    command = [sys.executable, "-m", "llama.benchmark", "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    names = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert names[:3] == ["device", "weights", "load"] and "decode at batch 1" in names
+
+
+def test_options_table_equals_the_signatures():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.M)
+    parameters = dict(inspect.signature(LLaMA.build).parameters)
+    parameters.update(inspect.signature(LLaMA.generate).parameters)
+    for name in ("self", "prompts"):
+        del parameters[name]
+    assert {name for name, _ in rows} == set(parameters)
+    for name, default in rows:
+        value = parameters[name].default
+        if value not in (None, inspect.Parameter.empty):
+            assert default.split()[0] == str(value), name
+
+
+def test_files_of_the_tree_exist():
+    tree = re.search(r"^llama/\n((?:  \S.*\n)+)", README, re.M)[1]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    there = {p.name for p in (ROOT / "llama").iterdir()} - {"__init__.py", "__pycache__"}
+    assert named == there
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).exists()
+
+
+def test_length():
+    assert len(README.splitlines()) <= 150
