@@ -12,7 +12,8 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,10 +22,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llama.int8 import ROWS_A_BLOCK, Int8Linear, quantize
+from llama.int8 import Int8Linear, allocate, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 
 GIB = 2**30
+VALUES_A_BLOCK = (
+    2**20
+)  # quantized by a thread at a time: 6 MiB, and a millisecond between two calls
+AHEAD = 2  # matrices quantized while the one before them is finished and moved
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
@@ -49,7 +54,9 @@ class Weight:
 
     def blocks(self) -> list[list[Tensor]]:
         """Consecutive blocks of rows, each the pieces that stand side by side in it."""
-        split = [piece.split(ROWS_A_BLOCK) for piece in self.pieces]
+        width = sum(p.shape[1] for p in self.pieces[: None if self.dim == 1 else 1])
+        rows = max(1, VALUES_A_BLOCK // width)
+        split = [piece.split(rows) for piece in self.pieces]
         if self.dim == 1:
             return [list(block) for block in zip(*split)]
         return [[rows] for piece in split for rows in piece]
@@ -263,6 +270,15 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     plan = list(weights(model, open_shards(ckpt_dir)))
     check_room(model, device, dtype)
 
+    if use_int8:
+        for layer in model.layers:
+            attention, ffn = layer.attention, layer.feed_forward
+            allocate([attention.wq, attention.wk, attention.wv], device)
+            allocate([attention.wo], device)
+            allocate([ffn.w1, ffn.w3], device)
+            allocate([ffn.w2], device)
+        allocate([model.output], device)
+
     peak = 0
     total = sum(weight.nbytes for weight in plan)
     threads = torch.get_num_threads()
@@ -272,15 +288,26 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
         "{remaining} left",
     )
+
+    def settle(weight: Weight, finish: Callable[[], None]) -> int:
+        finish()
+        if weight.name.startswith("layers."):
+            layer = int(weight.name.split(".")[1]) + 1
+            bar.set_postfix_str(f"layer {layer}/{args.n_layers}", refresh=False)
+        bar.update(weight.nbytes / GIB)
+        return anonymous_bytes()
+
     # Each worker quantizes its own rows on one core.
     with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
+            running = deque()
             for weight in plan:
-                peak = max(peak, fill(model, weight, device, dtype, pool))
-                layer = weight.name.split(".")[1] if weight.name.startswith("layers.") else ""
-                if layer:
-                    bar.set_postfix_str(f"layer {int(layer) + 1}/{args.n_layers}", refresh=False)
-                bar.update(weight.nbytes / GIB)
+                running.append((weight, start(model, weight, device, dtype, pool)))
+                peak = max(peak, anonymous_bytes())
+                if len(running) > AHEAD:
+                    peak = max(peak, settle(*running.popleft()))
+            while running:
+                settle(*running.popleft())
         finally:
             torch.set_num_threads(threads)
     model.rotation = rotation_table(args).to(device)
@@ -295,24 +322,40 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     return model
 
 
-def fill(
+def start(
     model: Transformer,
     weight: Weight,
     device: torch.device,
     dtype: torch.dtype,
     pool: ThreadPoolExecutor,
-) -> int:
-    """Puts one weight into its module; returns the anonymous host memory at its widest."""
+) -> Callable[[], None]:
+    """Begins to put one weight into its module; what it returns waits for the end of that."""
     path, attribute = weight.name.rsplit(".", 1)
     module = model.get_submodule(path)
-    pin = device.type == "cuda"
-    if isinstance(module, Int8Linear):
+    if not isinstance(module, Int8Linear):
+        tensor = weight.whole(dtype).to(device)
+        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+        return lambda: None
+
+    target = module.state.CB, module.state.SCB
+    staging = target
+    if device.type == "cuda":
+        staging = [torch.empty_like(t, device="cpu", pin_memory=True) for t in target]
+    CB, SCB = staging
+    jobs, first = [], 0
+    for block in weight.blocks():
+        rows = slice(first, first + len(block[0]))
+        jobs.append(pool.submit(quantize, block, CB[rows], SCB[rows]))
+        first = rows.stop
+
+    def finish() -> None:
         try:
-            CB, SCB = quantize(weight.blocks(), pool, pin)
+            for job in jobs:
+                job.result()
         except ValueError as error:
             raise ValueError(f"{weight.name} {error}: the shards are damaged") from None
-        module.set(CB.to(device, non_blocking=True), SCB.to(device, non_blocking=True))
-    else:
-        tensor = weight.whole(dtype)
-        setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
-    return anonymous_bytes()
+        for there, here in zip(target, staging):
+            if there is not here:
+                there.copy_(here, non_blocking=True)
+
+    return finish

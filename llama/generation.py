@@ -6,6 +6,7 @@ prefilled alone and whole, then all rows decode together, each from its own posi
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,17 +14,21 @@ import torch
 from torch import Tensor
 
 from llama import checkpoint
+from llama.graph import captured
+from llama.int8 import Int8Linear
 from llama.model import KVCache, Transformer
 from llama.sampling import NOT_FINITE, penalize, sample
 from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
+ENGINES = ("triton", "bnb")
 
 
 class LLaMA:
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, engine: str = "triton"):
         self.model = model
         self.tokenizer = tokenizer
+        self.engine = engine
 
     @staticmethod
     def build(
@@ -33,16 +38,20 @@ class LLaMA:
         max_batch_size: int = 32,
         use_int8: bool = True,
         device: str | torch.device | None = None,
+        engine: str = "triton",
     ) -> "LLaMA":
         """Loads a model folder in Meta's format; without a folder, the small demo model.
 
         A tokenizer not given is looked for in the folder and beside it. use_int8=False keeps the
-        weights in fp16 (float32 on the CPU). The device is CUDA if there is any. Progress goes to
-        stderr. OSError, ValueError, MemoryError or ImportError say in one sentence what is wrong,
-        before anything long starts where that can be.
+        weights in fp16 (float32 on the CPU). The device is CUDA if there is any. engine="bnb" takes
+        bitsandbytes' product for decoding too. Progress goes to stderr. OSError, ValueError,
+        MemoryError or ImportError say in one sentence what is wrong, before anything long starts
+        where that can be.
         """
         if not isinstance(use_int8, bool):
             raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
+        if engine not in ENGINES:
+            raise ValueError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
         folder = DEMO if ckpt_dir is None else Path(str(ckpt_dir))
         target = pick_device(device, use_int8)
         params = checkpoint.read_params(folder)
@@ -52,7 +61,9 @@ class LLaMA:
         tokenizer = Tokenizer(str(tokenizer_path))
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args = checkpoint.model_args(params, tokenizer.n_words, **limits)
-        return LLaMA(checkpoint.load(folder, args, target, use_int8), tokenizer)
+        if engine == "triton" and target.type == "cuda" and use_int8:
+            engine = engine_for(target)
+        return LLaMA(checkpoint.load(folder, args, target, use_int8), tokenizer, engine)
 
     def generate(
         self,
@@ -131,6 +142,7 @@ class LLaMA:
         before = self.tokenizer.decode(prompt_ids)
         return self.tokenizer.decode(prompt_ids + new_ids)[len(before) :]
 
+    @torch.inference_mode()
     def _decode(
         self,
         prompt_ids: list[list[int]],
@@ -162,12 +174,32 @@ class LLaMA:
             tokens[row, : len(ids)] = torch.tensor(ids)
             logits.append(model(tokens[row : row + 1, : len(ids)], 0, cache.row(row)))
         logits = torch.cat(logits)
-        rows = torch.arange(B, device=weight.device)
-        position = torch.tensor(lengths, device=weight.device)  # where a row's next token goes
+        length = torch.tensor(lengths, device=weight.device)
         last = torch.tensor([end - 1 for end in ends], device=weight.device)
+        count = torch.zeros(1, dtype=torch.long, device=weight.device)
+        chosen = torch.zeros(B, dtype=torch.long, device=weight.device)
 
-        for step in range(max(end - n for n, end in zip(lengths, ends))):
-            chosen = choose(logits, tokens, position, uniform[:, step])
+        def choose_next() -> None:
+            chosen.copy_(choose(logits, tokens, length, uniform.index_select(1, count)[:, 0]))
+            # A row that has ended goes on in its last place, where nobody looks.
+            place = torch.minimum(length, last)[:, None]
+            tokens.scatter_(1, place, chosen.clamp(min=0)[:, None])
+            length.add_(1)
+            count.add_(1)
+
+        def advance() -> None:
+            place = torch.minimum(length - 1, last)
+            logits.copy_(forward(tokens.gather(1, place[:, None])[:, 0], place))
+            choose_next()
+
+        forward, capture = self._forward(cache)
+        steps = max(end - n for n, end in zip(lengths, ends))
+        choose_next()
+        if capture and steps > 1:
+            advance = captured(advance, [tokens, length, count, chosen, logits])
+        for step in range(steps):
+            if step > 0:
+                advance()
             ids = chosen.tolist()
             if any(ids[row] == NOT_FINITE for row in going):
                 raise FloatingPointError(
@@ -178,11 +210,18 @@ class LLaMA:
             yield {row: ids[row] for row in going}
             if not going:
                 return
-            # A row that has ended goes on in its last place, where nobody looks.
-            chosen, position = chosen.clamp(min=0), torch.minimum(position, last)
-            tokens[rows, position] = chosen
-            logits = model(chosen[:, None], position, cache)
-            position = position + 1
+
+    def _forward(self, cache: KVCache) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
+        """What computes logits (B, V) from tokens (B,) at positions (B,), and whether a CUDA graph
+        can hold it: bitsandbytes' product cannot, it asks the host for the outliers."""
+        model, cuda = self.model, cache.k.is_cuda
+        int8 = isinstance(model.output, Int8Linear)
+        power_of_2 = model.args.head_dim & (model.args.head_dim - 1) == 0
+        if int8 and cuda and self.engine == "triton" and cache.batch <= 32 and power_of_2:
+            from llama.decode import FusedStep  # Triton comes with torch's CUDA build alone
+
+            return FusedStep(model, cache), True
+        return lambda tokens, positions: model(tokens[:, None], positions, cache), cuda and not int8
 
     def _too_big(self, prompt_ids: list[list[int]], max_gen_len: int) -> str:
         args, weight = self.model.args, self.model.tok_embeddings.weight
@@ -219,6 +258,19 @@ def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.devi
             "-r requirements.txt), see python -m bitsandbytes, or pass --use_int8=False"
         )
     return target
+
+
+def engine_for(device: torch.device) -> str:
+    """ "bnb" and a warning where our kernels do not run."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        warnings.warn(
+            f"{device} has compute capability {capability[0]}.{capability[1]}, our kernels need "
+            "8.0: bitsandbytes decodes, at a tenth of the speed",
+            stacklevel=3,
+        )
+        return "bnb"
+    return "triton"
 
 
 def check(name: str, value, kind: type, low: float, high: float = math.inf) -> None:

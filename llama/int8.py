@@ -8,8 +8,7 @@ rounded: x @ (CB * SCB / 127) in float32.
 """
 
 import logging
-from collections.abc import Iterable
-from concurrent.futures import Executor
+from itertools import pairwise
 from unittest.mock import patch
 
 import torch
@@ -23,7 +22,6 @@ with patch("torch.compile", lambda function, **_: function):
     import bitsandbytes as bnb
 
 OUTLIER_THRESHOLD = 6.0  # activations from here on stay in fp16: arXiv 2208.07339, section 3.2
-ROWS_A_BLOCK = 64  # a block of fp32 rows stays in a core's L2 cache
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
@@ -43,7 +41,9 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state.CB is None:  # a layer nobody has loaded: its own random weights
-            self.set(*quantize([[self.weight.data]]))
+            weight = self.weight.data
+            allocate([self], weight.device)
+            quantize([weight], self.state.CB, self.state.SCB)
         if x.is_cuda:
             return super().forward(x)
         return F.linear(x, self.state.CB.to(x.dtype)) * (self.state.SCB / 127).to(x.dtype)
@@ -55,31 +55,42 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         return self
 
 
-def quantize(
-    blocks: Iterable[list[Tensor]], pool: Executor | None = None, pin: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Codes CB int8 (out, in) and scales SCB float32 (out,) of a matrix given as consecutive blocks
-    of rows, each a list of pieces that stand side by side. Peak memory beside the result: a float32
-    copy of one block a thread.
+def allocate(linears: list[Int8Linear], device: torch.device) -> None:
+    """Room for layers that read the same input, side by side: one matrix, each layer a view of its
+    rows."""
+    rows = [linear.out_features for linear in linears]
+    CB = torch.empty(sum(rows), linears[0].in_features, dtype=torch.int8, device=device)
+    SCB = torch.empty(sum(rows), device=device)
+    for linear, codes, scales in zip(linears, CB.split(rows), SCB.split(rows)):
+        linear.set(codes, scales)
+
+
+def joined(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
+    """CB and SCB of several layers as one matrix; layers not allocated together are moved."""
+    states = [linear.state for linear in linears]
+    for one, next_one in pairwise([state.CB for state in states]):
+        same = one.untyped_storage().data_ptr() == next_one.untyped_storage().data_ptr()
+        if not same or one.data_ptr() + one.nbytes != next_one.data_ptr():
+            old = [(state.CB, state.SCB) for state in states]
+            allocate(linears, one.device)
+            for state, (CB, SCB) in zip(states, old):
+                state.CB.copy_(CB)
+                state.SCB.copy_(SCB)
+            break
+    rows, columns = sum(len(state.CB) for state in states), states[0].CB.shape[1]
+    CB = states[0].CB.as_strided((rows, columns), (columns, 1))
+    return CB, states[0].SCB.as_strided((rows,), (1,))
+
+
+def quantize(block: list[Tensor], CB: Tensor, SCB: Tensor) -> None:
+    """Fills codes CB int8 (rows, in) and scales SCB float32 (rows,) of some rows of a matrix, given
+    as the pieces that stand side by side in them. Takes 6 bytes a value on the way.
 
     ValueError if a value is not finite in fp16, in which bitsandbytes quantizes.
     """
-    blocks = list(blocks)
-    ends = torch.tensor([block[0].shape[0] for block in blocks]).cumsum(0).tolist()
-    width = sum(piece.shape[1] for piece in blocks[0])
-    device = blocks[0][0].device
-    CB = torch.empty(ends[-1], width, dtype=torch.int8, device=device, pin_memory=pin)
-    SCB = torch.empty(ends[-1], device=device, pin_memory=pin)
-
-    def work(block: list[Tensor], end: int) -> None:
-        rows = slice(end - block[0].shape[0], end)
-        x = torch.cat([piece.half() for piece in block], 1).float()
-        torch.linalg.vector_norm(x, torch.inf, dim=1, out=SCB[rows])
-        # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.
-        x.mul_(127 / SCB[rows, None].clamp(min=torch.finfo(torch.float32).tiny)).round_()
-        CB[rows] = x
-
-    list((pool.map if pool else map)(work, blocks, ends))
+    x = torch.cat([piece.half() for piece in block], 1).float()
+    torch.linalg.vector_norm(x, torch.inf, dim=1, out=SCB)
     if not SCB.isfinite().all():
         raise ValueError("holds values that are not finite in fp16 (NaN, or beyond 65,504)")
-    return CB, SCB
+    # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.
+    CB.copy_(x.mul_(127 / SCB[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round_())

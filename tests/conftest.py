@@ -1,10 +1,16 @@
 """What do the tests share? The demo model, and small random checkpoints of any shape."""
 
+# ruff: noqa: E402
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # triton reads it when it is imported, as bitsandbytes does
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from checkpoints import random_weights, tiny_params, write_checkpoint
 
 from llama import LLaMA

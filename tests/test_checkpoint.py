@@ -309,7 +309,7 @@ def test_a_pickle_that_runs_code_is_not_run(make_folder, tmp_path):
 def test_a_model_that_does_not_fit_is_refused_before_loading(make_folder, monkeypatch):
     folder, _, _ = make_folder()
     monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(checkpoint, "fill", None)  # nothing may be loaded
+    monkeypatch.setattr(checkpoint, "start", None)  # nothing may be loaded
     with pytest.raises(MemoryError, match=r"needs 0.0 GiB for weights .* lower --max_seq_len"):
         LLaMA.build(folder, device="cpu")
 

@@ -1,7 +1,5 @@
 """Are the 8 bits bitsandbytes' own, and is the product what they stand for?"""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -20,6 +18,13 @@ def matrix(rows=150, columns=96, dtype=torch.float16):
     return w
 
 
+def ours(block):
+    rows, columns = len(block[0]), sum(piece.shape[1] for piece in block)
+    CB, SCB = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
+    quantize(block, CB, SCB)
+    return CB, SCB
+
+
 def theirs(w):
     parameter = bnb.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
     return parameter.to("cpu")
@@ -28,19 +33,15 @@ def theirs(w):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_codes_equal_bitsandbytes(dtype):
     w = matrix(dtype=dtype)
-    CB, SCB = quantize([[block] for block in w.split(64)])
+    CB, SCB = ours([w])
     assert torch.equal(SCB, theirs(w).SCB)
     nonzero = SCB > 0  # 0 / 0 is what bitsandbytes' host path rounds in a row of zeros
     assert torch.equal(CB[nonzero], theirs(w).CB[nonzero])
     assert (CB[5] == 0).all() and SCB[5] == 0
 
 
-def test_blocks_pieces_and_threads_change_nothing():
-    w = matrix()
-    whole = quantize([[w]])
-    with ThreadPoolExecutor(3) as pool:
-        blocks = [list(rows.tensor_split(3, 1)) for rows in w.split(17)]
-        pieces = quantize(blocks, pool)
+def test_pieces_side_by_side_are_one_matrix():
+    whole, pieces = ours([matrix()]), ours(list(matrix().tensor_split(3, 1)))
     assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
 
 
@@ -49,12 +50,12 @@ def test_values_that_fp16_does_not_hold_are_refused(value):
     w = matrix(dtype=torch.float32)
     w[3, 3] = value
     with pytest.raises(ValueError, match="not finite in fp16"):
-        quantize([[w]])
+        ours([w])
 
 
 def test_product_is_that_of_the_dequantized_matrix():
     layer = Int8Linear(96, 150)
-    CB, SCB = quantize([[matrix()]])
+    CB, SCB = ours([matrix()])
     layer.set(CB, SCB)
     x = torch.randn(2, 7, 96)
     exact = x.double() @ (CB.double() * SCB.double()[:, None] / 127).T
@@ -66,7 +67,7 @@ def test_product_is_that_of_the_dequantized_matrix():
 def test_rounding_error_of_a_weight_is_at_most_half_a_step():
     w = matrix(dtype=torch.float32)
     w[7, 3] = 1
-    CB, SCB = quantize([[w]])
+    CB, SCB = ours([w])
     step = SCB[:, None].double() / 127
     error = (CB.double() * step - w.half().double()).abs()
     assert (error <= step / 2 * (1 + 1e-6)).all()
@@ -84,7 +85,7 @@ def test_every_linear_layer_is_a_linear8bitlt():
 
 def test_state_dict_has_bitsandbytes_names():
     layer = Int8Linear(96, 150)
-    layer.set(*quantize([[matrix()]]))
+    layer.set(*ours([matrix()]))
     state = layer.state_dict()
     assert set(state) == {"weight", "SCB", "weight_format"}
     assert state["weight"].dtype == torch.int8 and state["SCB"].dtype == torch.float32
@@ -92,7 +93,7 @@ def test_state_dict_has_bitsandbytes_names():
 
 def test_layer_follows_its_model_to_another_type():
     model = nn.Sequential(Int8Linear(96, 150))
-    model[0].set(*quantize([[matrix()]]))
+    model[0].set(*ours([matrix()]))
     model.half()
     assert model[0].state.CB.dtype == torch.int8
     assert model[0].state.SCB.dtype == torch.float32
@@ -102,13 +103,13 @@ def test_layer_follows_its_model_to_another_type():
 def test_layer_follows_its_model_to_the_gpu_and_multiplies_as_bitsandbytes():
     w = matrix(160, 96)
     w[7, 3] = 1
-    ours = nn.Sequential(Int8Linear(96, 160))
-    ours[0].set(*quantize([[w]]))
-    ours.cuda()
+    model = nn.Sequential(Int8Linear(96, 160))
+    model[0].set(*ours([w]))
+    model.cuda()
     stock = bnb.nn.Linear8bitLt(96, 160, bias=False, has_fp16_weights=False, threshold=6.0)
     stock.weight = bnb.nn.Int8Params(w.clone(), requires_grad=False, has_fp16_weights=False)
     stock.cuda().eval()
     x = torch.randn(5, 96, device="cuda").half()
     x[2, 7] = 9
-    assert ours[0].state.CB.is_cuda and ours[0].state.SCB.is_cuda
-    assert torch.equal(ours(x), stock(x))
+    assert model[0].state.CB.is_cuda and model[0].state.SCB.is_cuda
+    assert torch.equal(model(x), stock(x))
