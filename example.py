@@ -6,6 +6,7 @@ python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model --max_ba
 
 from llama import LLaMA
 from llama.cli import run
+from llama.generation import check_settings
 
 prompts = [
     "Once upon a time there was a little fox who",
@@ -46,18 +47,21 @@ def main(
         use_int8: False keeps the weights in fp16 (float32 on the CPU)
         device: cuda, cuda:1 or cpu (CUDA if there is any)
     """
-    llm = LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device)
+    settings = {
+        "max_gen_len": max_gen_len,
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "repetition_penalty_range": repetition_penalty_range,
+        "repetition_penalty_slope": repetition_penalty_slope,
+        "seed": seed,
+    }
+    check_settings(**settings)  # before the weights are loaded, as the prompts are by build
+    llm = LLaMA.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device, prompts=prompts
+    )
     for first in range(0, len(prompts), max_batch_size):
-        results = llm.generate(
-            prompts[first : first + max_batch_size],
-            max_gen_len,
-            temperature,
-            top_p,
-            repetition_penalty,
-            repetition_penalty_range,
-            repetition_penalty_slope,
-            seed,
-        )
+        results = llm.generate(prompts[first : first + max_batch_size], **settings)
         for result in results:
             print(result)
             print("\n==================================\n")

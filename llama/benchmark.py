@@ -26,7 +26,7 @@ SIZES = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
     "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
-    "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64},
+    "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5},
 }
 VOCABULARY = 32000
 OUTLIERS = [7, 300, 1021, 2049, 3333]
@@ -39,7 +39,7 @@ ENGINES = {"int8": (True, "triton"), "int8 bnb": (True, "bnb"), "fp16": (False, 
 
 
 def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
-    args = ModelArgs(**SIZES[size], vocab_size=VOCABULARY, norm_eps=1e-6, max_seq_len=2048)
+    args = ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, max_seq_len=2048)
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
     device = torch.device("cuda")
@@ -55,9 +55,10 @@ def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
             if parameter.dim() == 1:
                 value[OUTLIERS] = OUTLIER
             else:
-                value.normal_(0, parameter.shape[1] ** -0.5 if name == "weight" else 1)
+                embedding = module is model.tok_embeddings
+                value.normal_(0, 1 if embedding else parameter.shape[1] ** -0.5)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
-    model.rotation = rotation_table(args).to(device)
+    model.rotation = rotation_table(args, device)
     return LLaMA(model, Tokenizer(DEMO / "tokenizer.model"), engine)
 
 
@@ -91,7 +92,11 @@ def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
     vocabulary = len(llm.model.tok_embeddings.weight)
     prompts = torch.randint(3, vocabulary, (batch, context)).tolist()
     times = []
-    for _ in llm._decode(prompts, NEW_TOKENS, lambda logits, *_: logits.argmax(-1), 0):
+
+    def choose(logits, *_):
+        return logits[:, 3:].argmax(-1) + 3  # never the end-of-text token
+
+    for _ in llm._decode(prompts, NEW_TOKENS, choose, 0):
         times.append(time.perf_counter())
     return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 

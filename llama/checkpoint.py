@@ -9,13 +9,17 @@ the finished model on the CPU.
 """
 
 import json
+import pickle
+import re
 import sys
 import time
 import warnings
+import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -29,8 +33,17 @@ GIB = 2**30
 VALUES_A_BLOCK = (
     2**20
 )  # quantized by a thread at a time: 6 MiB, and a millisecond between two calls
+MOST_WORKERS = 32  # with their blocks and the matrices ahead within the promised host memory
 AHEAD = 2  # matrices quantized while the one before them is finished and moved
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# What is found in place of a shard, by its first bytes.
+NOT_SHARDS = {
+    b"<": "a web page",
+    b"version https://git-lfs": "a git-lfs pointer",
+    b"\x80": "in torch's format before 1.6",
+}
+LARGEST_PICKLE = 2**24  # bytes; the list of 65B's tensors takes 2**17
 
 # The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
 # same in every shard. Embeddings are split along the model dimension up to Code Llama.
@@ -62,8 +75,7 @@ class Weight:
         return [[rows] for piece in split for rows in piece]
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        pieces = [piece.to(dtype) for piece in self.pieces]
-        return pieces[0].clone() if self.dim is None else torch.cat(pieces, self.dim)
+        return torch.cat(self.pieces, self.dim or 0).to(dtype)
 
 
 def read_params(ckpt_dir: Path) -> dict:
@@ -85,8 +97,8 @@ def read_params(ckpt_dir: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        params = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from None
     params = params.get("model", params) if isinstance(params, dict) else params
     if not isinstance(params, dict):
@@ -99,25 +111,13 @@ def read_params(ckpt_dir: Path) -> dict:
 
 
 def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
-    """`params` completed and checked; ValueError for what no LLaMA can have."""
+    """`params` completed and checked; ValueError says what is missing or cannot be."""
     if params.get("vocab_size", -1) == -1:
         params = {**params, "vocab_size": vocab_size}
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
     args = ModelArgs(**params, **limits)
-    for field in fields(args):
-        value = getattr(args, field.name)
-        kinds = (int, float) if "float" in str(field.type) else (int,)
-        if value is None and "None" in str(field.type):
-            continue
-        if type(value) not in kinds or not 0 < value < 2**31:
-            raise ValueError(f"{field.name} is {value!r}, expected a positive number")
-    if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
-        raise ValueError(
-            f"params.json has dim {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads}: "
-            "heads must divide dim evenly and n_kv_heads must divide n_heads"
-        )
     if args.vocab_size != vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
@@ -129,6 +129,12 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
 def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Tensor]]:
     """File name -> its tensors, none of them read yet."""
     names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
+    strange = [name for name in names if not re.fullmatch(r"consolidated\.\d\d\.pth", name)]
+    if strange:
+        raise ValueError(
+            f"{ckpt_dir} holds {', '.join(strange)}, expected consolidated.00.pth and so on alone: "
+            "move what is no shard elsewhere"
+        )
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
     if names != expected:
         absent = sorted(set(expected) - set(names))
@@ -140,25 +146,44 @@ def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
-    path.open("rb").close()  # the system's own words if it may not be read
-    size = f"{path.stat().st_size:,} bytes"
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
+    with path.open("rb") as file:
+        start = file.read(64)
+    kind = next((kind for begin, kind in NOT_SHARDS.items() if start.startswith(begin)), None)
+    if kind:
+        raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
     try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [entry for entry in archive.infolist() if entry.filename.endswith(".pkl")]
+        if sum(entry.file_size for entry in pickles) > LARGEST_PICKLE:
+            raise ValueError("its list of tensors is too long")
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises many kinds, none of which names the file
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+    except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} ({size}) is truncated or not a checkpoint ({reason}): "
+            f"{path} holds more than tensors, which loading could run as code: it was refused, "
+            "pass Meta's original checkpoint"
+        ) from None
+    except Exception as error:  # torch raises many kinds, none of which names the file
+        reason = (str(error).strip().splitlines() or [repr(error)])[0][:160]
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): "
             "compare it with checklist.chk, download it again"
         ) from None
-    tensors = isinstance(shard, dict) and all(isinstance(t, Tensor) for t in shard.values())
-    if not tensors or not all(isinstance(name, str) for name in shard):
+    if not isinstance(shard, dict) or not all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        for name, tensor in shard.items()
+    ):
         raise ValueError(f"{path} holds no flat dict of tensors: expected one of Meta's shards")
-    return {n: t for n, t in shard.items() if not n.endswith("rope.freqs")}
+    return {n: t.detach() for n, t in shard.items() if not n.endswith("rope.freqs")}
 
 
-def weights(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> Iterator[Weight]:
+def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weight]:
     """Each tensor of the model once, in its order; ValueError names the first that does not fit,
-    and whatever is missing or left over."""
+    and whatever is missing or left over. Two shards that changed places look right: only their md5
+    sums tell."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for file, shard in shards.items():
         missing = [name for name in expected if name not in shard]
@@ -168,41 +193,65 @@ def weights(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> Iterato
                 f"{file} and params.json do not belong together: missing {_some(missing)}, "
                 f"left over {_some(extra)}; take both from one model"
             )
+    planned = []
     for name, shape in expected.items():
         pieces = {file: shard[name] for file, shard in shards.items()}
         dim = JOIN_DIM.get(name.split(".")[-2]) if len(shards) > 1 else None
         want = list(shape)
         if dim is not None:
+            if shape[dim] % len(shards):
+                raise ValueError(
+                    f"{len(shards)} shards do not divide {name} {shape}: take all files from one "
+                    "model"
+                )
             want[dim] //= len(shards)
         for file, piece in pieces.items():
-            if piece.dtype not in DTYPES:
+            check_piece(name, file, piece, shape, want, len(shards))
+        whole = list(pieces.values())
+        if dim is None:
+            if not all(torch.equal(whole[0], copy) for copy in whole[1:]):
                 raise ValueError(
-                    f"{name} in {file} is {piece.dtype}, expected float16, bfloat16 or float32: "
-                    "pass Meta's original checkpoint"
+                    f"{name} is not the same in all shards: they are of different models, take all "
+                    "files from one"
                 )
-            if name == "tok_embeddings.weight" and piece.shape[0] != shape[0]:
-                raise ValueError(
-                    f"the weights have {piece.shape[0]} tokens, the tokenizer {shape[0]}: "
-                    "pass the tokenizer.model that came with these weights"
-                )
-            if list(piece.shape) != want:
-                raise ValueError(
-                    f"{name} in {file} is {tuple(piece.shape)}, but params.json and "
-                    f"{len(shards)} shard{'s' * (len(shards) > 1)} ask for {tuple(want)}"
-                    f"{_shard_count(piece, shape, len(shards))}: take all files from one model"
-                )
-        yield Weight(name, list(pieces.values())[: None if dim is not None else 1], dim)
+            whole = whole[:1]
+        elif any(torch.equal(a[:1], b[:1]) for a, b in combinations(whole, 2) if "wq" in name):
+            raise ValueError(
+                f"two shards hold the same {name}: one is a copy of the other, fetch it again"
+            )
+        planned.append(Weight(name, whole, dim))
+    return planned
+
+
+def check_piece(
+    name: str, file: str, piece: Tensor, shape: tuple[int, ...], want: list[int], n_shards: int
+) -> None:
+    if piece.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} in {file} is {piece.dtype}, expected float16, bfloat16 or float32: "
+            "pass Meta's original checkpoint"
+        )
+    if name == "tok_embeddings.weight" and piece.shape[:1] != shape[:1]:
+        raise ValueError(
+            f"the weights have {piece.shape[0]} tokens, the tokenizer {shape[0]}: "
+            "pass the tokenizer.model that came with these weights"
+        )
+    if list(piece.shape) != want:
+        count = torch.Size(shape).numel() / max(piece.numel(), 1)
+        is_one_of = count in range(1, 65) and count != n_shards
+        hint = f" (it is one of {count:.0f} shards)" if is_one_of else ""
+        shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
+        shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
+        raise ValueError(
+            f"{name} in {file} is {tuple(piece.shape)}, but by params.json {shards} for "
+            f"{tuple(want)}{hint}: take all files from one model"
+        )
 
 
 def _some(names: list[str]) -> str:
     if not names:
         return "nothing"
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-
-
-def _shard_count(piece: Tensor, shape: tuple[int, ...], found: int) -> str:
-    count = torch.Size(shape).numel() / max(piece.numel(), 1)
-    return f" (it is one of {count:.0f} shards)" if count in range(1, 65) and count != found else ""
 
 
 def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
@@ -234,9 +283,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Host memory of this process that no file backs (mapped shards are not in it); 0 where the
-    kernel does not tell."""
-    return _kernel_says("/proc/self/status", "RssAnon")
+    """Host memory of this process that no file backs (mapped shards are not in it), and what torch
+    has pinned for copies to CUDA, which the kernel does not count so; 0 where neither tells."""
+    pinned = 0
+    if torch.cuda.is_initialized():
+        pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    return _kernel_says("/proc/self/status", "RssAnon") + pinned
 
 
 def _kernel_says(file: str, key: str) -> int:
@@ -252,6 +304,7 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
     args = model.args
     weights_need = weight_bytes(model, dtype)
     cache_need = cache_bytes(args, 1, args.max_seq_len, dtype)
+    cache_need += 16 * args.max_seq_len * args.head_dim  # rotary table, float64 while it is made
     free = free_bytes(device)
     if weights_need + cache_need > free:
         raise MemoryError(
@@ -261,15 +314,19 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
         )
 
 
+@torch.inference_mode(False)  # whose tensors the workers could not write
 def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) -> Transformer:
     """The model of a folder on `device`, in fp16 (float32 on the CPU) where it is not int8."""
+    if device.type == "cuda":
+        torch.cuda.init()
     started, memory_before = time.perf_counter(), anonymous_bytes()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
-    plan = list(weights(model, open_shards(ckpt_dir)))
+    planned = plan(model, open_shards(ckpt_dir))
     check_room(model, device, dtype)
 
+    peak = 0
     if use_int8:
         for layer in model.layers:
             attention, ffn = layer.attention, layer.feed_forward
@@ -279,12 +336,12 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
             allocate([ffn.w2], device)
         allocate([model.output], device)
 
-    peak = 0
-    total = sum(weight.nbytes for weight in plan)
+    total = sum(weight.nbytes for weight in planned)
     threads = torch.get_num_threads()
+    workers = min(threads, MOST_WORKERS)
     bar = tqdm(
         total=total / GIB,
-        desc=f"Loading {ckpt_dir.name}",
+        desc=f"Loading {ckpt_dir.resolve().name}",
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
         "{remaining} left",
     )
@@ -298,23 +355,23 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
         return anonymous_bytes()
 
     # Each worker quantizes its own rows on one core.
-    with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             running = deque()
-            for weight in plan:
+            for weight in planned:
                 running.append((weight, start(model, weight, device, dtype, pool)))
                 peak = max(peak, anonymous_bytes())
                 if len(running) > AHEAD:
                     peak = max(peak, settle(*running.popleft()))
             while running:
-                settle(*running.popleft())
+                peak = max(peak, settle(*running.popleft()))
         finally:
             torch.set_num_threads(threads)
-    model.rotation = rotation_table(args).to(device)
+    model.rotation = rotation_table(args, device)  # it was built on "meta"
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     print(
-        f"Loaded {ckpt_dir.name} in {time.perf_counter() - started:.1f} s: "
+        f"Loaded {ckpt_dir.resolve().name} in {time.perf_counter() - started:.1f} s: "
         f"{size(weight_bytes(model, dtype))} on {device}, "
         f"host memory peaked {size(max(0, peak - memory_before))} above the start",
         file=sys.stderr,

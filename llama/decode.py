@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama import kernels
-from llama.int8 import joined
+from llama.int8 import join
 from llama.model import KVCache, Transformer
 
 
@@ -24,10 +24,10 @@ class FusedStep:
         self.model, self.cache = model, cache
         self.layers = [
             (
-                joined([layer.attention.wq, layer.attention.wk, layer.attention.wv]),
-                joined([layer.attention.wo]),
-                joined([layer.feed_forward.w1, layer.feed_forward.w3]),
-                joined([layer.feed_forward.w2]),
+                join([layer.attention.wq, layer.attention.wk, layer.attention.wv]),
+                join([layer.attention.wo]),
+                join([layer.feed_forward.w1, layer.feed_forward.w3]),
+                join([layer.feed_forward.w2]),
             )
             for layer in model.layers
         ]
@@ -37,22 +37,25 @@ class FusedStep:
         self.heads = torch.empty(B, args.dim, **half)
         self.hidden = torch.empty(B, args.hidden_dim, **half)
         self.logits = torch.empty(B, args.vocab_size, device=device)
+        self.parts = kernels.linear_buffers(
+            B, max(args.vocab_size, 3 * args.dim, args.hidden_dim), device
+        )
         self.splits = kernels.attend_buffers(B, args.n_heads, args.head_dim, device)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        model, x = self.model, self.x
+        model, x, parts = self.model, self.x, self.parts
         eps, rotation = model.args.norm_eps, model.rotation
         residual = model.tok_embeddings.weight[tokens].float()
         for i, (layer, weights) in enumerate(zip(model.layers, self.layers)):
             qkv, wo, w13, w2 = weights
             kernels.rms_norm(residual, layer.attention_norm.weight, eps, x)
-            kernels.linear(x, *qkv, self.qkv)
+            kernels.linear(x, *qkv, self.qkv, "store", parts)
             k, v = self.cache.k[i], self.cache.v[i]
             kernels.attend(self.qkv, k, v, positions, rotation, self.heads, self.splits)
-            kernels.linear(self.heads, *wo, residual, "add")
+            kernels.linear(self.heads, *wo, residual, "add", parts)
             kernels.rms_norm(residual, layer.ffn_norm.weight, eps, x)
-            kernels.linear(x, *w13, self.hidden, "swiglu")
-            kernels.linear(self.hidden, *w2, residual, "add")
+            kernels.linear(x, *w13, self.hidden, "swiglu", parts)
+            kernels.linear(self.hidden, *w2, residual, "add", parts)
         kernels.rms_norm(residual, model.norm.weight, eps, x)
-        kernels.linear(x, *joined([model.output]), self.logits)
+        kernels.linear(x, *join([model.output]), self.logits, "store", parts)
         return self.logits

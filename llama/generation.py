@@ -5,7 +5,7 @@
 prefilled alone and whole, then all rows decode together, each from its own position.
 """
 
-import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from llama import checkpoint
 from llama.graph import captured
 from llama.int8 import Int8Linear
-from llama.model import KVCache, Transformer
+from llama.model import KVCache, Transformer, check
 from llama.sampling import NOT_FINITE, penalize, sample
 from llama.tokenizer import Tokenizer
 
@@ -39,31 +39,43 @@ class LLaMA:
         use_int8: bool = True,
         device: str | torch.device | None = None,
         engine: str = "triton",
+        prompts: list[str] = (),
     ) -> "LLaMA":
         """Loads a model folder in Meta's format; without a folder, the small demo model.
 
         A tokenizer not given is looked for in the folder and beside it. use_int8=False keeps the
         weights in fp16 (float32 on the CPU). The device is CUDA if there is any. engine="bnb" takes
-        bitsandbytes' product for decoding too. Progress goes to stderr. OSError, ValueError,
-        MemoryError or ImportError say in one sentence what is wrong, before anything long starts
-        where that can be.
+        bitsandbytes' product for decoding too. Prompts given here are checked before the weights
+        are loaded, not kept. Progress goes to stderr. OSError, ValueError, MemoryError or
+        ImportError say in one sentence what is wrong, before anything long starts where that can
+        be.
         """
         if not isinstance(use_int8, bool):
             raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
-        folder = DEMO if ckpt_dir is None else Path(str(ckpt_dir))
+        if ckpt_dir == "":
+            raise ValueError("ckpt_dir is empty: pass the model folder, e.g. --ckpt_dir /w/13B")
+        folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
         target = pick_device(device, use_int8)
         params = checkpoint.read_params(folder)
         if tokenizer_path is None:
             beside = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
             tokenizer_path = next((path for path in beside if path.is_file()), beside[0])
-        tokenizer = Tokenizer(str(tokenizer_path))
+        tokenizer = Tokenizer(tokenizer_path)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args = checkpoint.model_args(params, tokenizer.n_words, **limits)
+        encode(prompts, tokenizer, args.max_seq_len)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = engine_for(target)
-        return LLaMA(checkpoint.load(folder, args, target, use_int8), tokenizer, engine)
+        try:
+            model = checkpoint.load(folder, args, target, use_int8)
+        except torch.OutOfMemoryError:
+            raise MemoryError(
+                f"{target} ran out of memory while the model was loaded: something else took what "
+                "was free before (nvidia-smi shows it)"
+            ) from None
+        return LLaMA(model, tokenizer, engine)
 
     def generate(
         self,
@@ -80,23 +92,27 @@ class LLaMA:
 
         A row ends at the model's end-of-text token or when prompt and continuation fill
         max_seq_len. Temperature 0 is greedy; `sampling` has the formulas. A seed gives the same
-        text again for the same prompt in the same place of the list.
+        text again for the same prompt in the same place of the list, whatever else is in it.
 
         ValueError for a setting out of range, a prompt longer than max_seq_len or more prompts than
         max_batch_size; MemoryError if the sequences do not fit; FloatingPointError if the model
         computes logits that are not finite.
         """
-        check("max_gen_len", max_gen_len, int, 1)
-        check("temperature", temperature, float, 0)
-        check("top_p", top_p, float, 0, 1)
-        if top_p == 0:
-            raise ValueError("top_p is 0, expected more: temperature 0 is greedy")
-        check("repetition_penalty", repetition_penalty, float, 0.01, 100)
-        check("repetition_penalty_range", repetition_penalty_range, int, 1)
-        check("repetition_penalty_slope", repetition_penalty_slope, float, 0)
-        if seed is not None:
-            check("seed", seed, int, 0, 2**63 - 1)
-        prompt_ids = self._encode(prompts)
+        check_settings(
+            max_gen_len,
+            temperature,
+            top_p,
+            repetition_penalty,
+            repetition_penalty_range,
+            repetition_penalty_slope,
+            seed,
+        )
+        prompt_ids = encode(prompts, self.tokenizer, self.model.args.max_seq_len)
+        if len(prompts) > self.model.args.max_batch_size:
+            raise ValueError(
+                f"{len(prompts)} prompts, max_batch_size is {self.model.args.max_batch_size}: "
+                "pass fewer at once or raise max_batch_size"
+            )
 
         def choose(logits: Tensor, tokens: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
             if repetition_penalty != 1:
@@ -118,24 +134,6 @@ class LLaMA:
         except torch.OutOfMemoryError:
             raise MemoryError(self._too_big(prompt_ids, max_gen_len)) from None
         return [p + self._continuation(*ids) for p, *ids in zip(prompts, prompt_ids, new_ids)]
-
-    def _encode(self, prompts: list[str]) -> list[list[int]]:
-        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompts is {prompts!r:.60}, expected a list of strings")
-        args = self.model.args
-        if len(prompts) > args.max_batch_size:
-            raise ValueError(
-                f"{len(prompts)} prompts, max_batch_size is {args.max_batch_size}: "
-                "pass fewer at once or raise max_batch_size"
-            )
-        prompt_ids = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        for i, ids in enumerate(prompt_ids):
-            if len(ids) > args.max_seq_len:
-                raise ValueError(
-                    f"prompt {i + 1} has {len(ids)} tokens, max_seq_len is {args.max_seq_len}: "
-                    "shorten it or raise max_seq_len"
-                )
-        return prompt_ids
 
     def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Text of new_ids where they stand: a first piece's leading space is part of it."""
@@ -163,15 +161,12 @@ class LLaMA:
         if need > checkpoint.free_bytes(weight.device):
             raise MemoryError(self._too_big(prompt_ids, max_gen_len))
 
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        # As many numbers a row as it can ever need: row b's do not depend on this call's length.
-        uniform = torch.rand(B, model.args.max_seq_len, generator=generator).to(weight.device)
+        uniform = uniform_numbers(seed, B, max_gen_len).to(weight.device)
         tokens = torch.zeros(B, S, dtype=torch.long, device=weight.device)
         cache = KVCache(model.args, B, S, weight)
         logits = []
         for row, ids in enumerate(prompt_ids):
-            tokens[row, : len(ids)] = torch.tensor(ids)
+            tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
             logits.append(model(tokens[row : row + 1, : len(ids)], 0, cache.row(row)))
         logits = torch.cat(logits)
         length = torch.tensor(lengths, device=weight.device)
@@ -181,7 +176,7 @@ class LLaMA:
 
         def choose_next() -> None:
             chosen.copy_(choose(logits, tokens, length, uniform.index_select(1, count)[:, 0]))
-            # A row that has ended goes on in its last place, where nobody looks.
+            # A row that has ended goes on, at the end of its room in the same place: nobody looks.
             place = torch.minimum(length, last)[:, None]
             tokens.scatter_(1, place, chosen.clamp(min=0)[:, None])
             length.add_(1)
@@ -217,7 +212,8 @@ class LLaMA:
         model, cuda = self.model, cache.k.is_cuda
         int8 = isinstance(model.output, Int8Linear)
         power_of_2 = model.args.head_dim & (model.args.head_dim - 1) == 0
-        if int8 and cuda and self.engine == "triton" and cache.batch <= 32 and power_of_2:
+        few = cache.batch <= 32  # more rows are a matter of arithmetic, not of reading weights
+        if int8 and cuda and self.engine == "triton" and few and power_of_2:
             from llama.decode import FusedStep  # Triton comes with torch's CUDA build alone
 
             return FusedStep(model, cache), True
@@ -235,11 +231,61 @@ class LLaMA:
         )
 
 
+def check_settings(
+    max_gen_len: int,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+    repetition_penalty_range: int,
+    repetition_penalty_slope: float,
+    seed: int | None,
+) -> None:
+    """ValueError for a setting of `generate` that is out of range."""
+    check("max_gen_len", max_gen_len, int, 1, 2**31)
+    check("temperature", temperature, float, 0, 1e6)
+    check("top_p", top_p, float, 0, 1)
+    check("repetition_penalty", repetition_penalty, float, 0.01, 100)
+    check("repetition_penalty_range", repetition_penalty_range, int, 1, 2**31)
+    check("repetition_penalty_slope", repetition_penalty_slope, float, 0, 1e6)
+    if seed is not None:
+        check("seed", seed, int, 0, 2**63 - 1)
+
+
+def encode(prompts: list[str], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
+    """Ids of each prompt; ValueError for what is no text or too long."""
+    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompts is {prompts!r:.60}, expected a list of strings")
+    prompt_ids = []
+    for i, prompt in enumerate(prompts):
+        if re.search(r"[\ud800-\udfff]", prompt):
+            raise ValueError(f"prompt {i + 1} holds half a character (a lone surrogate): mend it")
+        ids = tokenizer.encode(prompt, bos=True, eos=False)
+        if len(ids) > max_seq_len:
+            raise ValueError(
+                f"prompt {i + 1} has {len(ids)} tokens, max_seq_len is {max_seq_len}: "
+                "shorten it or raise max_seq_len"
+            )
+        prompt_ids.append(ids)
+    return prompt_ids
+
+
+def uniform_numbers(seed: int | None, rows: int, steps: int) -> Tensor:
+    """(rows, steps) in [0, 1), from a generator a row: a row's numbers depend on the seed and its
+    place alone."""
+    generator = torch.Generator("cpu")
+    seed = generator.seed() if seed is None else seed
+    numbers = []
+    for row in range(rows):
+        generator.manual_seed((int(seed) + row * 0x9E3779B97F4A7C15) % 2**63)  # far apart
+        numbers.append(torch.rand(steps, generator=generator, device="cpu"))
+    return torch.stack(numbers)
+
+
 def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.device:
     """CUDA if there is any, unless told otherwise; ValueError or ImportError if it cannot work."""
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device is {device!r}, expected cuda, cuda:1 or cpu") from None
     if target.type not in ("cuda", "cpu"):
         raise ValueError(f"device is {target}, expected cuda, cuda:1 or cpu")
@@ -266,17 +312,8 @@ def engine_for(device: torch.device) -> str:
     if capability < (8, 0):
         warnings.warn(
             f"{device} has compute capability {capability[0]}.{capability[1]}, our kernels need "
-            "8.0: bitsandbytes decodes, at a tenth of the speed",
+            "8.0: bitsandbytes decodes instead, slower",
             stacklevel=3,
         )
         return "bnb"
     return "triton"
-
-
-def check(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
-    """ValueError unless value is a number of this kind (an int is a float too) within bounds."""
-    kinds = (int,) if kind is int else (int, float)
-    if type(value) not in kinds or not low <= value <= high or math.isinf(value):
-        number = "a whole number" if kind is int else "a number"
-        bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}, expected {number}, {bounds}")

@@ -16,18 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # At import, bitsandbytes prepares 4-bit functions that nothing here calls: it warns that a kernel
-# of theirs is missing, and hands them to torch.compile, whose own import takes 3 s.
+# of theirs is missing, and hands them to torch.compile, whose own import takes 3 s. They stay
+# uncompiled for whoever else uses them in this process.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with patch("torch.compile", lambda function, **_: function):
     import bitsandbytes as bnb
 
-OUTLIER_THRESHOLD = 6.0  # activations from here on stay in fp16: arXiv 2208.07339, section 3.2
+OUTLIER_THRESHOLD = 6.0  # features with a value from here on stay in fp16 (section 3.2)
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
     """A Linear8bitLt for inference that follows its model's `.to(device)`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        if bias:
+            raise ValueError("bias is True: LLaMA's linear layers have none")
         super().__init__(
             in_features, out_features, bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD
         )
@@ -50,6 +53,8 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        if self.weight.CB is not None:  # bitsandbytes quantizes what moves
+            self.init_8bit_state()
         if self.state.CB is not None:
             self.set(self.weight.data, self.state.SCB.to(self.weight.device))
         return self
@@ -60,13 +65,13 @@ def allocate(linears: list[Int8Linear], device: torch.device) -> None:
     rows."""
     rows = [linear.out_features for linear in linears]
     CB = torch.empty(sum(rows), linears[0].in_features, dtype=torch.int8, device=device)
-    SCB = torch.empty(sum(rows), device=device)
+    SCB = torch.empty(sum(rows), dtype=torch.float32, device=device)
     for linear, codes, scales in zip(linears, CB.split(rows), SCB.split(rows)):
         linear.set(codes, scales)
 
 
-def joined(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
-    """CB and SCB of several layers as one matrix; layers not allocated together are moved."""
+def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
+    """CB and SCB of several layers as one matrix; layers not allocated together are moved so."""
     states = [linear.state for linear in linears]
     for one, next_one in pairwise([state.CB for state in states]):
         same = one.untyped_storage().data_ptr() == next_one.untyped_storage().data_ptr()

@@ -23,6 +23,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # graph read at 0.77 of a plain reduction's rate with it, all tiles of a row ahead of the wait (five
 # ahead: 0.75); 512: 0.76, 2048: 0.67, a whole row in one load: 0.65 (H200, 2026-11-23).
 TILE = 1024
+# Outputs a program and steps requested ahead for several rows. The linears of 13B in one graph read
+# at 0.67 (8 rows) and 0.54 (32) of that rate with these, the columns in 2 parts (4 where outputs
+# are few); 6 ahead: 0.54 and 0.44; 128 outputs: 0.64 and 0.54; 32: 0.43 and 0.30; twice the parts:
+# 0.59 and 0.51. Activations in fp16, on fp16 tensor cores: 0.26 at best (H200, 2026-11-23).
+BLOCK_N = 64
+STAGES = 4
+FEW = 32  # rows that linear() takes
+GROUP = 128  # columns that share a scale where activations are split into two int8 digits
+DIGITS = 32512  # the largest value of two digits: 256 x 127
 MAX_SPLITS = 32  # of a sequence among the programs of attend(); one program merges them
 
 
@@ -58,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     rms_norm_kernel[(B,)](x, weight, out, eps, D, block, **dependent(x), num_warps=8)
 
 
-def linear_torch(x: Tensor, CB: Tensor, SCB: Tensor, out: Tensor, then: str) -> None:
+def linear_torch(x: Tensor, CB: Tensor, SCB: Tensor, out: Tensor, then: str, parts=None) -> None:
     y = x.float() @ (CB.float() * (SCB / 127)[:, None]).T
     if then == "swiglu":
         gate, up = y.chunk(2, -1)
@@ -118,80 +127,172 @@ def matvec_kernel(
     tl.store(out + n, y.to(out.dtype.element_ty))
 
 
+def split_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+    groups = F.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    scales = groups.abs().amax(-1) / DIGITS
+    whole = (groups / scales.clamp(min=1e-30)[..., None]).round().int().flatten(1)
+    high = (whole + 128) >> 8
+    digits = torch.stack([high, whole - (high << 8)])[..., : x.shape[1]]
+    return digits.to(torch.int8), scales
+
+
+@triton.jit
+def split_kernel(
+    x,
+    digits,
+    scales,
+    B,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIGITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    b, g = tl.program_id(0), tl.program_id(1)
+    columns = g * GROUP + tl.arange(0, GROUP)
+    inside = columns < D
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    value = tl.load(x + b * D + columns, mask=inside, other=0).to(tl.float32)
+    scale = tl.max(tl.abs(value), 0) / DIGITS
+    ratio = value / tl.maximum(scale, 1e-30)
+    whole = tl.where(ratio < 0, ratio - 0.5, ratio + 0.5).to(tl.int32)
+    high = (whole + 128) >> 8
+    tl.store(digits + b * D + columns, high.to(tl.int8), mask=inside)
+    tl.store(digits + (B + b) * D + columns, (whole - (high << 8)).to(tl.int8), mask=inside)
+    tl.store(scales + b * tl.num_programs(1) + g, scale)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, D) fp16 as two int8 digits and a float32 scale for each GROUP columns:
+    x = (256 * digits[0] + digits[1]) * scale, digits (2, B, D), scales (B, D / GROUP). Its error is
+    at most 1 / 64,000 of the group's largest magnitude."""
+    (B, D), groups = x.shape, triton.cdiv(x.shape[1], GROUP)
+    digits = torch.empty(2, B, D, dtype=torch.int8, device=x.device)
+    scales = torch.empty(B, groups, device=x.device)
+    split_kernel[(B, groups)](x, digits, scales, B, D, GROUP, DIGITS, **dependent(x), num_warps=1)
+    return digits, scales
+
+
 @triton.jit
 def few_rows_kernel(
-    x,
+    digits,
+    scales,
     CB,
     SCB,
     out,
+    partial,
+    arrivals,
     B,
     N,
     D: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
     THEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs of all rows a program, on the fp16 tensor cores."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """BLOCK_N outputs of all rows a program, from a part of the columns, on int8 tensor cores."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.arange(0, BLOCK_B)
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    SHARE: tl.constexpr = (GROUPS + SPLITS - 1) // SPLITS
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     weights = CB + rows[:, None].to(tl.int64) * D
     y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     y_up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
+    for i in range(0, SHARE):
+        g = part * SHARE + i
+        columns = g * GROUP + tl.arange(0, GROUP)
         there = (rows < N)[:, None] & (columns < D)[None, :]
-        value = tl.load(
-            x + batch[None, :] * D + columns[:, None],
-            mask=(batch < B)[None, :] & (columns < D)[:, None],
-            other=0,
-        )
+        known = (batch < B)[None, :] & (columns < D)[:, None]
+        value = digits + batch[None, :] * D + columns[:, None]
+        high = tl.load(value, mask=known, other=0)
+        low = tl.load(value + B * D, mask=known, other=0)
+        scale = tl.load(scales + batch * GROUPS + g, mask=(batch < B) & (g < GROUPS), other=0)
         w = tl.load(weights + columns[None, :], mask=there, other=0)
-        y = tl.dot(w.to(tl.float16), value, y)
+        whole = tl.dot(w, high, out_dtype=tl.int32) * 256 + tl.dot(w, low, out_dtype=tl.int32)
+        y += whole.to(tl.float32) * scale[None, :]
         if THEN == "swiglu":
             w = tl.load(weights + N.to(tl.int64) * D + columns[None, :], mask=there, other=0)
-            y_up = tl.dot(w.to(tl.float16), value, y_up)
-    y *= (tl.load(SCB + rows, mask=rows < N, other=0) / 127)[:, None]
-    if THEN == "swiglu":
-        y_up *= (tl.load(SCB + N + rows, mask=rows < N, other=0) / 127)[:, None]
-        y = y * tl.sigmoid(y) * y_up
-    there = (rows < N)[:, None] & (batch < B)[None, :]
-    target = out + batch[None, :] * N + rows[:, None]
-    if THEN == "add":
-        y += tl.load(target, mask=there, other=0)
-    tl.store(target, y.to(out.dtype.element_ty), mask=there)
+            whole = tl.dot(w, high, out_dtype=tl.int32) * 256 + tl.dot(w, low, out_dtype=tl.int32)
+            y_up += whole.to(tl.float32) * scale[None, :]
+
+    last = True
+    if SPLITS > 1:
+        # Everybody leaves what it has; who comes last adds all up, in the order of the parts.
+        SIZE: tl.constexpr = BLOCK_N * BLOCK_B
+        spot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
+        mine = partial + (tile * SPLITS + part) * 2 * SIZE + spot
+        tl.store(mine, y)
+        if THEN == "swiglu":
+            tl.store(mine + SIZE, y_up)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrivals + tile, 1) == SPLITS - 1
+        if last:
+            tl.store(arrivals + tile, 0)
+            y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+            y_up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+            for s in tl.static_range(SPLITS):
+                theirs = partial + (tile * SPLITS + s) * 2 * SIZE + spot
+                y += tl.load(theirs, cache_modifier=".cg")
+                if THEN == "swiglu":
+                    y_up += tl.load(theirs + SIZE, cache_modifier=".cg")
+    if last:
+        y *= (tl.load(SCB + rows, mask=rows < N, other=0) / 127)[:, None]
+        if THEN == "swiglu":
+            y_up *= (tl.load(SCB + N + rows, mask=rows < N, other=0) / 127)[:, None]
+            y = y * tl.sigmoid(y) * y_up
+        there = (rows < N)[:, None] & (batch < B)[None, :]
+        target = out + batch[None, :] * N + rows[:, None]
+        if THEN == "add":
+            y += tl.load(target, mask=there, other=0)
+        tl.store(target, y.to(out.dtype.element_ty), mask=there)
 
 
-def linear(x: Tensor, CB: Tensor, SCB: Tensor, out: Tensor, then: str = "store") -> None:
+def linear(
+    x: Tensor, CB: Tensor, SCB: Tensor, out: Tensor, then: str, parts: tuple[Tensor, Tensor]
+) -> None:
     """x (B, D) fp16 times int8 weights CB (N, D) with scales SCB (N,), accumulated in float32; B at
     most FEW. `then` says what becomes of the product y (B, N): "store" puts it into out, "add" adds
-    it, "swiglu" puts silu(y's first half) * its second half into out (B, N / 2)."""
+    it, "swiglu" puts silu(y's first half) * its second half into out (B, N / 2). `parts` is
+    linear_buffers()."""
     (B, D), N = x.shape, out.shape[1]
     if B == 1:
         tiles = triton.cdiv(D, TILE)
         matvec_kernel[(N,)](x, CB, SCB, out, N, D, TILE, tiles, then, **dependent(x), num_warps=4)
         return
-    block_n = 32 if N > 8192 else 16
-    few_rows_kernel[(triton.cdiv(N, block_n),)](
-        x,
+    splits = 4 if N < 8192 else 2
+    few_rows_kernel[(triton.cdiv(N, BLOCK_N), splits)](
+        *split(x),
         CB,
         SCB,
         out,
+        *parts,
         B,
         N,
         D,
+        GROUP,
         max(16, triton.next_power_of_2(B)),
-        block_n,
-        256,
+        BLOCK_N,
+        splits,
         then,
         **dependent(x),
         num_warps=4,
-        num_stages=4,
+        num_stages=STAGES,
     )
+
+
+def linear_buffers(B: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the programs of linear() leave for the last one, for layers of up to N outputs (a
+    "swiglu" layer has half its weight's rows): partial sums and counts, zeros."""
+    tiles = triton.cdiv(N, BLOCK_N)
+    sums = tiles * BLOCK_N * max(16, triton.next_power_of_2(B)) * 2 * 4  # of both halves, 4 parts
+    return torch.zeros(sums, device=device), torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 def attend_torch(qkv, k_cache, v_cache, positions, rotation, out, splits=None) -> None:

@@ -12,6 +12,10 @@ Letters in shapes: B rows of the batch, T tokens of this step, S length of the c
 K head dimension, D model dimension, V vocabulary.
 """
 
+import copy
+import math
+import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,10 +25,23 @@ from torch import Tensor, nn
 
 from llama.int8 import Int8Linear
 
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def check(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
+    """ValueError unless value is a number of this kind (an int is a float too) within bounds."""
+    kinds = numbers.Integral if kind is int else numbers.Real
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or value == math.inf:
+        number = "a whole number" if kind is int else "a number"
+        bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}, expected {number}, {bounds}")
+
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The keys of Meta's `params.json`, and the two limits of a session."""
+    """The keys of Meta's `params.json`, and the two limits of a session. ValueError for what no
+    LLaMA can have."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -38,6 +55,23 @@ class ModelArgs:
 
     max_batch_size: int = 32
     max_seq_len: int = 512
+
+    def __post_init__(self):
+        for name in ("dim", "n_heads", "multiple_of"):
+            check(name, getattr(self, name), int, 1, 2**17)
+        check("n_layers", self.n_layers, int, 1, 1000)
+        check("max_batch_size", self.max_batch_size, int, 1, 2**20)
+        check("max_seq_len", self.max_seq_len, int, 1, 2**20)
+        check("vocab_size", self.vocab_size, int, -1, 2**24)
+        check("n_kv_heads", self.kv_heads, int, 1, self.n_heads)
+        check("ffn_dim_multiplier", self.ffn_dim_multiplier or 1, float, 0.01, 100)
+        check("norm_eps", self.norm_eps, float, 1e-12, 0.1)
+        check("rope_theta", self.rope_theta, float, 100, 1e12)
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"dim is {self.dim}, n_heads {self.n_heads}, n_kv_heads {self.kv_heads}: expected "
+                "heads of one even width, and n_kv_heads to divide n_heads"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -75,7 +109,7 @@ class KVCache:
 
     def row(self, b: int) -> "KVCache":
         """The cache of sequence b alone; it shares this one's memory."""
-        view = object.__new__(KVCache)
+        view = copy.copy(self)
         view.k, view.v = self.k[:, b : b + 1], self.v[:, b : b + 1]
         return view
 
@@ -103,13 +137,13 @@ class RMSNorm(nn.Module):
         return y.type_as(x) * self.weight
 
 
-def rotation_table(args: ModelArgs) -> Tensor:
+def rotation_table(args: ModelArgs, device: torch.device) -> Tensor:
     """(max_seq_len, K/2, 2): cos and sin of m theta^(-2i/K) at position m and pair i (Su et al.
     2021, arXiv 2104.09864, section 3.2.2). The angles are taken in float64: in float32 they would
     be off by 1e-4 at position 2,000."""
-    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device="cpu")
+    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device=device)
     frequencies = args.rope_theta ** (-pairs / args.head_dim)
-    positions = torch.arange(args.max_seq_len, dtype=torch.float64, device="cpu")
+    positions = torch.arange(args.max_seq_len, dtype=torch.float64, device=device)
     angles = torch.outer(positions, frequencies)
     return torch.stack([angles.cos(), angles.sin()], -1).float()
 
@@ -132,14 +166,17 @@ class Attention(nn.Module):
         self.wv = linear(args.dim, kv_dim, bias=False)
         self.wo = linear(args.dim, args.dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember: Remember | None
+    ) -> Tensor:
         """mask (B, 1, T, S) says what a token sees; None: this step's tokens up to itself.
         remember(k, v) takes this step's keys and values and returns all that came so far."""
         head_dim = self.args.head_dim
         q = rotate(self.wq(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, H, K)
         k = rotate(self.wk(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, Hkv, K)
         v = self.wv(x).unflatten(-1, (-1, head_dim))
-        k, v = remember(k, v)  # (B, S, Hkv, K)
+        if remember:
+            k, v = remember(k, v)  # (B, S, Hkv, K)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -172,14 +209,11 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember: Remember | None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, mask, remember)
         return x + self.feed_forward(self.ffn_norm(x))
-
-
-def pair(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What a step without a cache remembers: its own."""
-    return k, v
 
 
 class Transformer(nn.Module):
@@ -194,9 +228,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = linear(args.dim, args.vocab_size, bias=False)
-        rotation = rotation_table(args).to(self.tok_embeddings.weight.device)
-        self.register_buffer("rotation", rotation, persistent=False)
+        self.register_buffer("rotation", rotation_table(args, table.device), persistent=False)
         self.cache: KVCache | None = None
+        self.cached = 0  # tokens in it
 
     @torch.inference_mode()
     def forward(
@@ -206,7 +240,7 @@ class Transformer(nn.Module):
 
         start_pos is the position of tokens[:, 0], one for all rows or a tensor (B,) with each row's
         own. Without a cache the model keeps one itself, which grows with the sequences, and raises
-        ValueError past max_seq_len.
+        ValueError past max_seq_len or where there is nothing to continue.
         """
         if cache is None:
             cache = self._own_cache(tokens, start_pos)
@@ -225,22 +259,31 @@ class Transformer(nn.Module):
 
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, partial(cache.update, i, positions) if cache else pair)
+            x = layer(x, rotation, mask, partial(cache.update, i, positions) if cache else None)
         return self.norm(x)
 
     def _own_cache(self, tokens: Tensor, start_pos: int | Tensor) -> KVCache:
         B, T = tokens.shape
-        end = int(torch.as_tensor(start_pos).max()) + T
+        begins = torch.as_tensor(start_pos)
+        end = int(begins.max()) + T
         if end > self.args.max_seq_len:
             raise ValueError(
                 f"the sequence reaches {end} tokens, max_seq_len is {self.args.max_seq_len}: "
                 "shorten it or raise max_seq_len"
             )
-        old = self.cache
-        if old is None or old.batch != B or old.length < end:
-            length = min(self.args.max_seq_len, max(64, 2 * end))
-            self.cache = KVCache(self.args, B, length, self.tok_embeddings.weight)
-            if old is not None and old.batch == B:
+        old, like = self.cache, self.tok_embeddings.weight
+        fits = old is not None and old.batch == B
+        fits = fits and (old.k.dtype, old.k.device) == (like.dtype, like.device)
+        there = self.cached if fits else 0
+        if int(begins.min()) < 0 or end - T > there:
+            raise ValueError(
+                f"start_pos is {start_pos}, but {there} tokens of these {B} sequences came before: "
+                "begin with 0 and go on where the last call ended"
+            )
+        self.cached = end
+        if not fits or old.length < end:
+            self.cache = KVCache(self.args, B, min(self.args.max_seq_len, max(64, 2 * end)), like)
+            if fits:
                 self.cache.k[:, :, : old.length] = old.k
                 self.cache.v[:, :, : old.length] = old.v
         return self.cache

@@ -32,23 +32,24 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 def penalize(
     logits: Tensor, tokens: Tensor, lengths: Tensor, penalty: float, window: int, slope: float
 ) -> Tensor:
-    """Logits with the tokens already there made less likely (Keskar et al. 2019, arXiv 1909.05858,
-    section 4.1): a logit above 0 is divided by the token's penalty, one below is multiplied by it.
+    """Logits with the tokens already there made less likely: a logit above 0 is divided by the
+    token's penalty (Keskar et al. 2019, arXiv 1909.05858, section 4.1), one below is multiplied by
+    it, as transformers and KoboldAI do.
 
     Of row b the last `window` of tokens[b, :lengths[b]] count. With slope 0 all have the full
-    penalty. Otherwise it rises with position: for the i-th of the n that count,
-    x = 2 i / (n - 1) - 1 and y = slope x / (1 + |x| (slope - 1)) both run from -1 to 1, and the
-    penalty is 1 + (penalty - 1) (1 + y) / 2, so the oldest has none and the newest all of it
-    (KoboldAI's repetition penalty slope). A token that stands there twice has its newest one's.
+    penalty. Otherwise it rises along the window (KoboldAI's slope): for the token i places before
+    the newest, x = 1 - 2 i / (window - 1) and y = slope x / (1 + |x| (slope - 1)) run from 1 to -1,
+    and the penalty is 1 + (penalty - 1) (1 + y) / 2: all of it for the newest, none at the
+    window's far end. A token that stands there twice has its newest one's.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device)
     first = (lengths - window).clamp(min=0)[:, None]
     counts = (position >= first) & (position < lengths[:, None])
     share = counts.float()
     if slope != 0:
-        newest = lengths[:, None] - 1
-        x = (1 - 2 * (newest - position) / (newest - first).clamp(min=1)).clamp(-1, 1)
-        y = slope * x / (1 + x.abs() * (slope - 1))
+        before = lengths[:, None] - 1 - position
+        x = (1 - 2 * before / max(window - 1, 1)).clamp(-1, 1)
+        y = slope * x / (1 - x.abs() + slope * x.abs())
         share = share * (1 + y) / 2
     strength = torch.zeros_like(logits).scatter_reduce(-1, tokens, share, "amax")
     factor = 1 + (penalty - 1) * strength

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor
 class Tokenizer:
     def __init__(self, model_path: str | Path):
         """FileNotFoundError or ValueError, each with what to pass instead."""
-        path = Path(model_path)
+        path = Path(model_path).expanduser()
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(
@@ -37,6 +37,11 @@ class Tokenizer:
         self.n_words: int = self._sp.vocab_size()
         self.bos_id: int = self._sp.bos_id()
         self.eos_id: int = self._sp.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(
+                f"{path} has no token for the beginning or the end of a text: pass the "
+                "tokenizer.model that came with the weights"
+            )
         self.pad_id: int = self._sp.pad_id()  # -1 in Meta's file: it has none
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:

@@ -17,7 +17,7 @@ def f64(x) -> np.ndarray:
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    """1910.07467, section 3, over the last axis; the eps under the root is params.json's."""
+    """1910.07467, section 4, over the last axis; the eps under the root is params.json's."""
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * gain
 
 

@@ -13,18 +13,12 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoints import JOINED_ON, OUTLIER, shapes
+from checkpoints import JOINED_ON, shapes
 from sentencepiece import SentencePieceTrainer
 
-VOCABULARY = 32000
-OUTLIERS = [7, 300, 1021, 2049, 3333]
-LLAMA = {"multiple_of": 256, "norm_eps": 1e-6, "vocab_size": -1}
-SIZES = {  # params.json, shards
-    "7B": (LLAMA | {"dim": 4096, "n_heads": 32, "n_layers": 32}, 1),
-    "13B": (LLAMA | {"dim": 5120, "n_heads": 40, "n_layers": 40}, 2),
-    "30B": (LLAMA | {"dim": 6656, "n_heads": 52, "n_layers": 60}, 4),
-    "65B": (LLAMA | {"dim": 8192, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-5}, 8),
-}
+from llama.benchmark import OUTLIER, OUTLIERS, SIZES, VOCABULARY
+
+SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
 
 
 def write_tokenizer(path: Path) -> None:
@@ -44,7 +38,8 @@ def write_tokenizer(path: Path) -> None:
 
 
 def main(size: str, folder: Path) -> None:
-    params, n_shards = SIZES[size]
+    params = {"multiple_of": 256, "norm_eps": 1e-6, "vocab_size": -1} | SIZES[size]
+    n_shards = SHARDS[size]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(n_shards):

@@ -44,31 +44,28 @@ def test_grouped_queries_from_two_shards(make_folder):
     assert (logits(folder, use_int8=False) - expected).abs().max() < 2e-5
 
 
-def test_int8_stays_within_its_bound(make_folder):
-    """Each weight is off by at most half a step, SCB / 254. Through a linear layer of width n the
-    errors of a row, uniform in half a step, add up to a relative sqrt(1 / 3) SCB / 254 / std. For
-    normal weights SCB is about 3 std: 0.7 % a layer. The two layers here have 5 matrices in a row
-    on the residual path and the head: sqrt(11) x 0.7 % = 2.3 % of the logits, of order one, in the
-    mean; the largest of the vocabulary's logits stays below 5 times that."""
-    folder, params, weights = make_folder(2)
-    expected = torch.from_numpy(oracle.logits(weights, params, TOKENS)[-1])
-    error = logits(folder) - expected
-    bound = 0.023 * expected.std()
-    assert error.std() < bound
-    assert error.abs().max() < 5 * bound
-
-
-def test_the_int8_bound_can_fail(make_folder):
-    """4 bits instead of 8: steps 16 times as wide."""
+def rounding_error(make_folder, bits):
+    """Of the logits, relative to their spread, when weights are rounded to `bits` on the way."""
     folder, params, weights = make_folder(2)
     expected = torch.from_numpy(oracle.logits(weights, params, TOKENS)[-1])
     for name, w in weights.items():
-        if w.dim() == 2 and "tok" not in name:
-            step = w.abs().amax(1, keepdim=True).float() / 7
+        if w.dim() == 2 and "tok" not in name and bits < 8:
+            step = w.abs().amax(1, keepdim=True).float() / (2 ** (bits - 1) - 1)
             weights[name] = ((w.float() / step).round() * step).half()
     write_checkpoint(folder, params, weights, 2)
-    error = logits(folder) - expected
-    assert error.std() > 0.023 * expected.std()
+    return ((logits(folder) - expected).std() / expected.std()).item()
+
+
+def test_int8_stays_within_its_bound(make_folder):
+    """A weight is off by at most half a step, SCB / 254, evenly spread: sqrt(1/3) SCB / 254. Of
+    64 normal values the largest is about 2.5 standard deviations, so an output of a matrix is off
+    by 0.57 %. The matrices of two layers add it seven times each and the head once, on branches no
+    larger than the stream they join: sqrt(15) 0.57 % = 2.2 % of the logits."""
+    assert rounding_error(make_folder, 8) < 0.022
+
+
+def test_the_int8_bound_can_fail(make_folder):
+    assert rounding_error(make_folder, 7) > 0.022
 
 
 def test_every_codes_and_scales_equal_bitsandbytes(make_folder):
@@ -204,9 +201,40 @@ def second_shard_missing(folder):
     (folder / "consolidated.01.pth").unlink()
 
 
+def shard_of_another_model_of_this_size(folder):
+    weights = random_weights(tiny_params(), seed=1, vocab_size=vocab_size())
+    write_checkpoint(folder.parent / "other", tiny_params(), weights, 2)
+    shutil.copy(folder.parent / "other" / "consolidated.01.pth", folder)
+
+
 def truncated_shard(folder):
     path = folder / "consolidated.01.pth"
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def web_page(folder):
+    (folder / "consolidated.01.pth").write_text("<!DOCTYPE html><html>403</html>")
+
+
+def git_lfs_pointer(folder):
+    (folder / "consolidated.01.pth").write_text("version https://git-lfs.github.com/spec/v1\noid")
+
+
+def copy_of_a_shard(folder):
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+
+
+def strange_name(folder):
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.00 (1).pth")
+
+
+def folder_for_a_shard(folder):
+    (folder / "consolidated.01.pth").unlink()
+    (folder / "consolidated.01.pth").mkdir()
+
+
+def absurd_size(folder):
+    (folder / "params.json").write_text(json.dumps(tiny_params(n_layers=10**6)))
 
 
 def empty_shard(folder):
@@ -265,15 +293,22 @@ FAULTS = {
     no_shards: r"no consolidated.\*.pth in .* \(it holds params.json, tokenizer.model\)",
     no_params: "no params.json in",
     params_are_html: "params.json is not JSON",
-    params_of_another_model: r"params.json and 2 shards ask for .*take all files from one model",
-    params_with_text: "n_heads is '4', expected a positive number",
+    params_of_another_model: r"by params.json 2 shards ask for .*take all files from one model",
+    params_with_text: "n_heads is '4', expected a whole number",
     params_without_dim: "params.json lacks dim",
-    heads_that_do_not_divide: "heads must divide dim evenly",
+    heads_that_do_not_divide: "dim is 64, n_heads 3, .* expected heads of one even width",
     first_shard_missing: "holds consolidated.01.pth but not consolidated.00.pth",
-    second_shard_missing: r"1 shard ask.* \(it is one of 2 shards\)",
+    second_shard_missing: r"1 shard asks for .* \(it is one of 2 shards\)",
+    shard_of_another_model_of_this_size: "attention_norm.weight is not the same in all shards",
     truncated_shard: r"consolidated.01.pth \([\d,]+ bytes\) is truncated or not a checkpoint",
+    web_page: "consolidated.01.pth is a web page, not a checkpoint",
+    git_lfs_pointer: "consolidated.01.pth is a git-lfs pointer",
+    copy_of_a_shard: "two shards hold the same .*wq.weight",
+    strange_name: r"holds consolidated.00 \(1\).pth, expected",
+    folder_for_a_shard: "consolidated.01.pth is not a file",
+    absurd_size: "n_layers is 1000000, expected a whole number, from 1 to 1000",
     empty_shard: r"consolidated.01.pth \(0 bytes\) is truncated or not a checkpoint",
-    shard_of_another_model: r"in consolidated.01.pth is .* but params.json and 2 shards ask for",
+    shard_of_another_model: r"in consolidated.01.pth is .* but by params.json 2 shards ask for",
     shard_with_fewer_layers: r"consolidated.01.pth and params.json do not belong together: missing "
     r"layers.1.\S+, \S+, \S+ and 6 more, left over nothing",
     int_weights: "consolidated.01.pth is torch.int8, expected float16",
@@ -301,7 +336,7 @@ def test_a_pickle_that_runs_code_is_not_run(make_folder, tmp_path):
 
     folder = make_folder(1)[0]
     torch.save({"tok_embeddings.weight": Evil()}, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="is truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match="holds more than tensors, which loading could run"):
         LLaMA.build(folder, device="cpu")
     assert not (tmp_path / "owned").exists()
 
@@ -320,6 +355,8 @@ import sys, threading, time
 import torch
 from llama import LLaMA, checkpoint
 torch.ones(300, 300) @ torch.ones(300, 300)  # what torch starts at first use
+if sys.argv[2] == "cuda":
+    torch.ones(1, device="cuda")
 before, peak, done = checkpoint.anonymous_bytes(), 0, False
 def watch():
     global peak
@@ -356,11 +393,12 @@ def large_folder(tmp_path_factory):
 def test_host_memory_is_bounded_on_the_cpu(large_folder):
     peak, model = measure_load(large_folder, "cpu")
     assert model > 200 * 2**20
-    # 0.5 GiB is the promise for any model; at this size the blocks in work are far smaller.
-    assert peak < model + 100 * 2**20
+    # 0.5 GiB is the promise for any model and 32 threads; here two threads have a block in work.
+    assert peak < model + 200 * 2**20
 
 
 @pytest.mark.cuda
 def test_host_memory_is_bounded_on_cuda(large_folder):
-    peak, model = measure_load(large_folder, "cuda")
-    assert peak < 2**30
+    """2 GiB is the promise for any model; here pinned matrices of 16 MiB and the blocks in work."""
+    peak, _ = measure_load(large_folder, "cuda")
+    assert peak < 500 * 2**20

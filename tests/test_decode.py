@@ -7,7 +7,7 @@ from checkpoints import random_weights, tiny_params
 from test_model import float_model
 
 from llama import LLaMA, Transformer
-from llama.int8 import allocate, joined, quantize
+from llama.int8 import allocate, join, quantize
 from llama.model import KVCache
 
 decode = pytest.importorskip("llama.decode", reason="needs triton")
@@ -80,9 +80,9 @@ def test_joined_layers_are_views_of_one_matrix():
     attention = model.layers[0].attention
     layers = [attention.wq, attention.wk, attention.wv]
     before = torch.cat([layer.state.CB for layer in layers])
-    CB, SCB = joined(layers)
+    CB, SCB = join(layers)
     assert torch.equal(CB, before) and len(SCB) == len(CB)
-    again, _ = joined(layers)
+    again, _ = join(layers)
     assert again.data_ptr() == CB.data_ptr() == attention.wq.state.CB.data_ptr()
     assert attention.wq.weight.data_ptr() == CB.data_ptr()
 

@@ -36,8 +36,12 @@ def test_same_prompt_twice_gives_two_texts(demo):
 
 
 def test_a_rows_draw_does_not_depend_on_its_company(demo_float):
-    alone = demo_float.generate(PROMPTS[:1], max_gen_len=40, seed=5)
-    assert demo_float.generate(PROMPTS, max_gen_len=40, seed=5)[:1] == alone
+    together = demo_float.generate(PROMPTS, max_gen_len=40, seed=5)
+    assert demo_float.generate(PROMPTS[:1], max_gen_len=40, seed=5) == together[:1]
+    others = demo_float.generate(["A fox", PROMPTS[1], "One day"], max_gen_len=40, seed=5)
+    assert others[1] == together[1]
+    longer = demo_float.generate(PROMPTS[:2], max_gen_len=60, seed=5)
+    assert longer[1].startswith(together[1])
 
 
 def test_no_seed_is_random(demo):
@@ -150,14 +154,15 @@ def test_no_prompts_no_results(demo):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_gen_len": 0}, "max_gen_len is 0, expected a whole number, 1 or more"),
+        ({"max_gen_len": 0}, "max_gen_len is 0, expected a whole number, from 1 to"),
         ({"max_gen_len": 2.5}, "max_gen_len is 2.5, expected a whole number"),
+        ({"max_gen_len": float("inf")}, "max_gen_len is inf, expected a whole number"),
+        ({"seed": 10**400}, "seed is 1000"),
         ({"max_gen_len": True}, "max_gen_len is True, expected a whole number"),
-        ({"temperature": -0.1}, "temperature is -0.1, expected a number, 0 or more"),
+        ({"temperature": -0.1}, "temperature is -0.1, expected a number, from 0 to"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1, expected a number, from 0 to 1"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty_range": 0}, "repetition_penalty_range is 0"),
@@ -166,6 +171,8 @@ def test_no_prompts_no_results(demo):
         ({"seed": 1.5}, "seed is 1.5"),
         ({"prompts": "one string"}, "prompts is 'one string', expected a list of strings"),
         ({"prompts": [1]}, "expected a list of strings"),
+        ({"prompts": None}, "prompts is None, expected a list of strings"),
+        ({"prompts": ["a", "b\ud800"]}, "prompt 2 holds half a character"),
         ({"prompts": ["a"] * 33}, "33 prompts, max_batch_size is 32"),
     ],
     ids=str,
@@ -196,14 +203,37 @@ def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
         ({"device": "gpu"}, "device is 'gpu', expected cuda, cuda:1 or cpu"),
         ({"device": "meta"}, "device is meta, expected"),
         ({"use_int8": "false"}, "use_int8 is 'false', expected True or False"),
-        ({"max_seq_len": 0}, "max_seq_len is 0, expected a positive number"),
-        ({"max_batch_size": "many"}, "max_batch_size is 'many', expected a positive number"),
+        ({"max_seq_len": 0}, "max_seq_len is 0, expected a whole number"),
+        ({"max_seq_len": 2**31}, "max_seq_len is 2147483648, expected a whole number"),
+        ({"engine": "fast"}, "engine is 'fast', expected triton or bnb"),
+        ({"ckpt_dir": ""}, "ckpt_dir is empty"),
+        ({"prompts": ["a " * 600]}, "prompt 1 has .* tokens, max_seq_len is 512"),
+        ({"max_batch_size": "many"}, "max_batch_size is 'many', expected a whole number"),
     ],
     ids=str,
 )
 def test_build_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         LLaMA.build(**{"device": "cpu"} | options)
+
+
+def test_build_under_anothers_defaults():
+    """A notebook may have set what new tensors are, and may be in inference mode."""
+    expected = LLaMA.build(device="cpu").generate(PROMPTS[:1], 10, seed=1)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.inference_mode():
+            llm = LLaMA.build(device="cpu")
+        assert llm.generate(PROMPTS[:1], 10, seed=1) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_numpy_numbers_are_numbers(demo):
+    numpy = pytest.importorskip("numpy")
+    settings = {"temperature": numpy.float64(0.7), "seed": numpy.int64(2)}
+    plain = {"temperature": 0.7, "seed": 2}
+    assert demo.generate(PROMPTS, numpy.int64(9), **settings) == demo.generate(PROMPTS, 9, **plain)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")

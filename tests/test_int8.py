@@ -57,7 +57,7 @@ def test_product_is_that_of_the_dequantized_matrix():
     layer = Int8Linear(96, 150)
     CB, SCB = ours([matrix()])
     layer.set(CB, SCB)
-    x = torch.randn(2, 7, 96)
+    x = torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(2))
     exact = x.double() @ (CB.double() * SCB.double()[:, None] / 127).T
     # Products of 96 terms, one float32 rounding each, relative to the sum of their magnitudes.
     magnitude = x.double().abs() @ (CB.double().abs() * SCB.double()[:, None] / 127).T
@@ -89,6 +89,11 @@ def test_state_dict_has_bitsandbytes_names():
     state = layer.state_dict()
     assert set(state) == {"weight", "SCB", "weight_format"}
     assert state["weight"].dtype == torch.int8 and state["SCB"].dtype == torch.float32
+
+
+def test_a_bias_is_refused():
+    with pytest.raises(ValueError, match="bias is True"):
+        Int8Linear(96, 150, bias=True)
 
 
 def test_layer_follows_its_model_to_another_type():

@@ -1,9 +1,11 @@
 """Is it LLaMA? In float32 against a float64 forward that shares no code with it.
 
-Tolerance of the equalities in float32: the models here have logits of order one, each the end of
-about 40 roundings of a relative 6e-8 that add up like a random walk; 2e-5 leaves a factor of 10.
+Tolerance of the equalities in float32: logits of order one, each the end of sums of 64 to 192 terms
+in a row of some 15 matrices, at 6e-8 a rounding: measured 4e-6 at most, allowed five times as much.
 `test_tolerance_can_fail` shows that the smallest real mistake is far outside.
 """
+
+import copy
 
 import oracle
 import pytest
@@ -48,19 +50,20 @@ def test_equals_the_oracle(name):
     assert (logits - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "mistake", [{"rope_theta": 1.01e4}, {"norm_eps": 3e-4}, {"n_kv_heads": 1}], ids=str
-)
+@pytest.mark.parametrize("mistake", [{"rope_theta": 1.01e4}, {"norm_eps": 3e-4}], ids=str)
 def test_tolerance_can_fail(mistake):
-    params, weights, model = build(n_heads=8, n_kv_heads=2)
-    if "n_kv_heads" in mistake:  # two heads swapped
-        for name in weights:
-            if name.endswith("wk.weight"):
-                weights[name] = weights[name].roll(8, 0)
-        mistake = {}
+    params, weights, model = build()
     expected = torch.from_numpy(oracle.logits(weights, params | mistake, TOKENS)[-1])
-    logits = model(torch.tensor([TOKENS]), 0)[0]
-    assert (logits - expected).abs().max() > 2 * TOLERANCE
+    assert (model(torch.tensor([TOKENS]), 0)[0] - expected).abs().max() > 5 * TOLERANCE
+
+
+def test_swapped_kv_heads_are_seen():
+    params, weights, model = build(n_heads=8, n_kv_heads=2)
+    for name in weights:
+        if name.endswith("wk.weight"):
+            weights[name] = weights[name].roll(8, 0)
+    expected = torch.from_numpy(oracle.logits(weights, params, TOKENS)[-1])
+    assert (model(torch.tensor([TOKENS]), 0)[0] - expected).abs().max() > 5 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["as LLaMA", "grouped queries"])
@@ -104,6 +107,19 @@ def test_past_max_seq_len_is_an_error():
         model(torch.zeros(1, 1, dtype=torch.long), 64)
 
 
+def test_nothing_to_continue_is_an_error():
+    _, _, model = build()
+    with pytest.raises(ValueError, match="start_pos is 5, but 0 tokens of these 1 sequences"):
+        model(torch.tensor([TOKENS]), 5)
+    model(torch.tensor([TOKENS]), 0)
+    with pytest.raises(ValueError, match="but 0 tokens of these 2 sequences came before"):
+        model(torch.tensor([[3], [4]]), len(TOKENS))
+    model(torch.tensor([TOKENS]), 0)
+    for start_pos in (-1, len(TOKENS) + 1):
+        with pytest.raises(ValueError, match="13 tokens of these 1 sequences came before"):
+            model(torch.tensor([[3]]), start_pos)
+
+
 def test_usable_as_soon_as_built():
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=100, multiple_of=32)
     assert args.max_batch_size == 32
@@ -111,6 +127,14 @@ def test_usable_as_soon_as_built():
         logits = model(torch.tensor([[1, 2, 3]]), 0)
         assert logits.shape == (1, 100) and logits.dtype == torch.float32
         assert logits.isfinite().all()
+
+
+def test_moving_a_model_before_its_first_call_changes_nothing():
+    torch.manual_seed(0)
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=100, multiple_of=32)
+    model = Transformer(args)
+    expected = copy.deepcopy(model)(torch.tensor([[1, 2, 3]]), 0)
+    assert torch.equal(model.to("cpu")(torch.tensor([[1, 2, 3]]), 0), expected)
 
 
 @pytest.mark.parametrize(

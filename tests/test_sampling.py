@@ -17,6 +17,7 @@ def draw(logits, temperature=1.0, top_p=1.0, n=10_000):
 
 def test_whole_distribution():
     assert torch.allclose(draw(PROBABILITIES.log()), PROBABILITIES, atol=3e-4)
+    assert not torch.allclose(draw(1.01 * PROBABILITIES.log()), PROBABILITIES, atol=3e-4)
 
 
 def test_temperature_sharpens():
@@ -67,10 +68,9 @@ def slow_penalty(logits, history, penalty, window, slope):
     logits = logits.clone()
     recent = history[-window:]
     for token in set(recent):
-        i = max(j for j, t in enumerate(recent) if t == token)
-        n, p = len(recent), penalty
+        i, p = recent[::-1].index(token), penalty
         if slope:
-            x = 2 * i / (n - 1) - 1 if n > 1 else 1.0
+            x = 1 - 2 * i / (window - 1) if window > 1 else 1.0
             y = slope * x / (1 + abs(x) * (slope - 1))
             p = 1 + (penalty - 1) * (1 + y) / 2
         logits[token] = logits[token] / p if logits[token] > 0 else logits[token] * p

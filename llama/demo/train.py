@@ -4,9 +4,10 @@ python -m llama.demo.train --corpus FOLDER --out_dir FOLDER
 
 The corpus folder holds `stories-train.txt.xz` and `stories-valid.txt.xz`: one paragraph a line, a
 line `<|story|>` between two stories (SOURCES.md lists the books). The script trains a sentencepiece
-tokenizer with LLaMA's own settings, then `llama.model.Transformer` itself with dropout on what each
-sub-layer adds, and writes Meta's files in two shards. Minutes on an H100; on a CPU only for trying
-it out. The defaults are what won on the held-out stories; MODEL_CARD.md has the figures.
+tokenizer with LLaMA's own settings, then `llama.model.Transformer` itself with dropout on the
+embeddings and on what each sub-layer adds, and writes Meta's files in two shards. Minutes on an
+H100; on a CPU only for trying it out. The defaults are what won on the held-out stories;
+MODEL_CARD.md has the figures.
 """
 
 import io
@@ -95,14 +96,10 @@ def nats(model: Transformer, windows: Tensor) -> Tensor:
 def held_out_loss(loss, ids: Tensor) -> float:
     """Mean nats a token over ids. Windows overlap by half, and a token is scored where it has at
     least half a window before it."""
-    half = CONTEXT // 2
-    windows = ids[: len(ids) // half * half].unfold(0, CONTEXT, half)
-    scored = [loss(batch) for batch in windows.split(64)]
-    return (
-        torch.cat([scored[0][:1].flatten(), torch.cat(scored)[1:, half - 1 :].flatten()])
-        .mean()
-        .item()
-    )
+    step = CONTEXT // 2
+    windows = ids[: len(ids) // step * step].unfold(0, CONTEXT, step)
+    scored = torch.cat([loss(batch) for batch in windows.split(64)])
+    return torch.cat([scored[0], scored[1:, step - 1 :].flatten()]).mean().item()
 
 
 def main(
@@ -168,7 +165,7 @@ def main(
         optimizer, lr, epochs * per_epoch, pct_start=0.02, cycle_momentum=False, div_factor=100
     )
     loss = torch.compile(nats, dynamic=False) if device == "cuda" else nats
-    half = torch.autocast(device, torch.bfloat16)
+    mixed = torch.autocast(device, torch.bfloat16)
     window = torch.arange(CONTEXT + 1, device=device)
     started = time.perf_counter()
     for epoch in range(epochs):
@@ -176,7 +173,7 @@ def main(
         shift = torch.randint(CONTEXT, (), device=device)  # windows fall elsewhere each time
         starts = torch.randperm(per_epoch * batch, device=device) * CONTEXT + shift
         for first in starts.clamp(max=len(train_ids) - CONTEXT - 1).split(batch):
-            with half:
+            with mixed:
                 mean = loss(model, train_ids[first[:, None] + window]).mean()
             mean.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,7 +182,7 @@ def main(
             schedule.step()
         if epoch % 5 == 4 or epoch == epochs - 1:
             model.eval()
-            with half:
+            with mixed:
                 held_out = held_out_loss(lambda windows: nats(model, windows), valid_ids)
             bits = held_out * len(valid_ids) / math.log(2) / valid_characters
             print(
