@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import random_model
+import torch
 from test_example import run
 
 from llama import LLaMA
@@ -50,12 +52,21 @@ def test_notebook_code(make_folder, capsys):
     assert capsys.readouterr().out.startswith("I believe the meaning of life is")
 
 
-def test_benchmark_command():
-    command = [sys.executable, "-m", "llama.benchmark", "--device=cpu"]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_benchmark_says_that_it_needs_a_gpu():
+    command = [sys.executable, "-m", "llama.benchmark", "--size", "13B"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    names = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert names[:3] == ["device", "weights", "load"] and "decode at batch 1" in names
+    assert done.returncode == 1
+    assert done.stderr == "error: the benchmark needs a CUDA GPU, torch sees none\n"
+
+
+def test_random_model_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(random_model.SIZES, "13B", {"dim": 64, "n_layers": 1, "n_heads": 4})
+    monkeypatch.setattr(random_model, "OUTLIERS", [3, 17])
+    random_model.main("13B", tmp_path)
+    llm = LLaMA.build(tmp_path, device="cpu")
+    assert llm.tokenizer.n_words == 32000
+    assert llm.generate(["Once upon"], 5)[0].startswith("Once upon")
 
 
 def test_options_table_equals_the_signatures():
