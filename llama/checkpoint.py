@@ -30,10 +30,8 @@ from llama.int8 import Int8Linear, allocate, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 
 GIB = 2**30
-VALUES_A_BLOCK = (
-    2**20
-)  # quantized by a thread at a time: 6 MiB, and a millisecond between two calls
-MOST_WORKERS = 32  # with their blocks and the matrices ahead within the promised host memory
+VALUES_A_BLOCK = 2**20  # that a thread quantizes at once: 6 MiB of work, 2 ms away from Python
+MOST_WORKERS = 32  # whose blocks keep host memory within its bound
 AHEAD = 2  # matrices quantized while the one before them is finished and moved
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -209,7 +207,7 @@ def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weigh
             check_piece(name, file, piece, shape, want, len(shards))
         whole = list(pieces.values())
         if dim is None:
-            if not all(torch.equal(whole[0], copy) for copy in whole[1:]):
+            if not all(nearly_equal(whole[0], copy) for copy in whole[1:]):
                 raise ValueError(
                     f"{name} is not the same in all shards: they are of different models, take all "
                     "files from one"
@@ -221,6 +219,11 @@ def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weigh
             )
         planned.append(Weight(name, whole, dim))
     return planned
+
+
+def nearly_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two copies of a norm are of one model: they may differ by a hundredth, not by more."""
+    return bool((a.float() - b.float()).abs().mean() <= 0.01 * a.float().abs().mean())
 
 
 def check_piece(
@@ -240,7 +243,6 @@ def check_piece(
         count = torch.Size(shape).numel() / max(piece.numel(), 1)
         is_one_of = count in range(1, 65) and count != n_shards
         hint = f" (it is one of {count:.0f} shards)" if is_one_of else ""
-        shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
         shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
         raise ValueError(
             f"{name} in {file} is {tuple(piece.shape)}, but by params.json {shards} for "

@@ -1,9 +1,9 @@
 """How is one token a row decoded fast? A step of an int8 model on CUDA, out of `kernels`.
 
-The same mathematics as `Transformer.forward` with T = 1, in seven launches a layer instead of some
-thirty, with fp16 activations x int8 weights and a residual stream in float32: activations are not
-rounded to int8, so a step is never less exact than LLM.int8(). Every row's result is computed from
-that row alone, bit for bit, whatever stands beside it.
+The same mathematics as `Transformer.forward` with T = 1, in seven launches a layer (eleven for
+several rows) instead of some thirty. The residual stream is float32 and activations are fp16, or two
+int8 digits, times int8 weights: finer than the single digit of LLM.int8(). Every row's result is
+computed from that row alone, bit for bit, whatever stands beside it.
 
 Nothing here waits for the host, so `graph` can capture a step.
 """

@@ -161,7 +161,8 @@ class LLaMA:
         if need > checkpoint.free_bytes(weight.device):
             raise MemoryError(self._too_big(prompt_ids, max_gen_len))
 
-        uniform = uniform_numbers(seed, B, max_gen_len).to(weight.device)
+        steps = max(end - n for n, end in zip(lengths, ends))
+        uniform = uniform_numbers(seed, B, steps).to(weight.device)
         tokens = torch.zeros(B, S, dtype=torch.long, device=weight.device)
         cache = KVCache(model.args, B, S, weight)
         logits = []
@@ -188,7 +189,6 @@ class LLaMA:
             choose_next()
 
         forward, capture = self._forward(cache)
-        steps = max(end - n for n, end in zip(lengths, ends))
         choose_next()
         if capture and steps > 1:
             advance = captured(advance, [tokens, length, count, chosen, logits])
@@ -307,7 +307,7 @@ def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.devi
 
 
 def engine_for(device: torch.device) -> str:
-    """ "bnb" and a warning where our kernels do not run."""
+    """Whose product decodes: ours, or with a warning bitsandbytes' where ours does not run."""
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         warnings.warn(

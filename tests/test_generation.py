@@ -147,6 +147,11 @@ def test_cache_takes_what_this_call_needs(demo, monkeypatch):
     assert made[0][1:3] == (2, longest + 5)
 
 
+def test_a_very_long_wish_takes_no_more_than_there_is_room_for(demo):
+    alone = demo.generate(PROMPTS[:1], 2**31, temperature=0.8, seed=1)
+    assert alone == demo.generate(PROMPTS[:1], 1000, temperature=0.8, seed=1)
+
+
 def test_no_prompts_no_results(demo):
     assert demo.generate([], 5) == []
 

@@ -69,7 +69,7 @@ def check_linear(B, D, N, then):
     return x, CB, SCB, ours
 
 
-@pytest.mark.parametrize("B", [1, 2, 5, 17, 32])
+@pytest.mark.parametrize("B", [1, 5, 32])
 @pytest.mark.parametrize("then", ["store", "add", "swiglu"])
 @pytest.mark.parametrize("D, N", SHAPES)
 def test_linear(B, D, N, then):
