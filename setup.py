@@ -21,5 +21,8 @@ setup(
         "fire>=0.7",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "numpy>=2", "ruff==0.17.6"]},
+    extras_require={
+        # CUDA builds of torch bring triton; on a CPU it is for the tests, which interpret kernels.
+        "test": ["pytest>=8", "numpy>=2", "ruff==0.17.6", "triton>=3.6; sys_platform == 'linux'"],
+    },
 )

@@ -222,7 +222,7 @@ def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weigh
 
 
 def nearly_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two copies of a norm are of one model: they may differ by a hundredth, not by more."""
+    """Whether two copies of a norm are of one model: a hundredth apart on average at most."""
     return bool((a.float() - b.float()).abs().mean() <= 0.01 * a.float().abs().mean())
 
 

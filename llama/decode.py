@@ -1,9 +1,9 @@
 """How is one token a row decoded fast? A step of an int8 model on CUDA, out of `kernels`.
 
 The same mathematics as `Transformer.forward` with T = 1, in seven launches a layer (eleven for
-several rows) instead of some thirty. The residual stream is float32 and activations are fp16, or two
-int8 digits, times int8 weights: finer than the single digit of LLM.int8(). Every row's result is
-computed from that row alone, bit for bit, whatever stands beside it.
+several rows) instead of some thirty. The residual stream is float32; int8 weights are multiplied by
+fp16 activations or by two int8 digits of them, finer than the single digit of LLM.int8(). Every
+row's result is computed from that row alone, bit for bit, whatever stands beside it.
 
 Nothing here waits for the host, so `graph` can capture a step.
 """
