@@ -369,7 +369,7 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
                 peak = max(peak, settle(*running.popleft()))
         finally:
             torch.set_num_threads(threads)
-    model.rotation = rotation_table(args, device)  # it was built on "meta"
+    model.rotation = rotation_table(args, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     print(

@@ -228,7 +228,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = linear(args.dim, args.vocab_size, bias=False)
-        self.register_buffer("rotation", rotation_table(args, table.device), persistent=False)
+        # A model without memory gets its table with its weights.
+        rotation = None if table.is_meta else rotation_table(args, table.device)
+        self.register_buffer("rotation", rotation, persistent=False)
         self.cache: KVCache | None = None
         self.cached = 0  # tokens in it
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama import cli
 
@@ -91,6 +92,16 @@ def test_mistakes(arguments, message, monkeypatch, capsys):
     assert caught.value.code == 1 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1  # nothing was loaded
     assert message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch may import more")
+def test_a_start_does_not_import_torchs_compiler():
+    """It would take 3 s of the 5 from the command to the first token."""
+    code = (
+        "import sys, llama; llama.LLaMA.build().generate(['A'], 2); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_help_lists_every_flag():
