@@ -54,7 +54,9 @@ def run(command: Callable[..., None]) -> None:
 
 def check_flags(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) -> None:
     names = list(parameters)
-    known = [*names, *(f"no{name}" for name in names), "help", "h"]
+    initials = [name[0] for name in names]
+    short = [initial for initial in initials if initials.count(initial) == 1]
+    known = [*names, *(f"no{name}" for name in names), *short, "help", "h"]
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         flag = re.match(r"--?([a-z][\w-]*)", argument, re.I)
         if flag is None:

@@ -36,7 +36,7 @@ def test_meta_folder_with_tokenizer_beside_it(make_folder):
     beside = folder.parent / "tokenizer.model"
     (folder / "tokenizer.model").rename(beside)
     for arguments in ([], ["--tokenizer_path", beside], ["--use_int8=False"]):
-        done = run("--ckpt_dir", folder, *arguments, "--max_batch_size=1", "--max_gen_len=5")
+        done = run("-c", folder, *arguments, "--max_batch_size=1", "--max_gen_len=5")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("Once upon a time")
 

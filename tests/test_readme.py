@@ -44,6 +44,11 @@ def test_command_with_metas_weights(make_folder):
     assert done.stdout.startswith("Once upon a time")
 
 
+def test_the_story_is_the_one_that_seed_1_tells():
+    story = re.search(r"^(Once upon .*) \.\.\.$", README, re.M)[1]
+    assert run("--seed=1", "--max_gen_len=40").stdout.startswith(story)
+
+
 def test_notebook_code(make_folder, capsys):
     code = re.search(r"^```python\n(.*?)^```$", README, re.M | re.S)[1]
     folder, _, _ = make_folder(2, name="13B")
