@@ -43,9 +43,10 @@ def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
     device = torch.device("cuda")
+    for group in model.linears() if use_int8 else ():
+        allocate(group, device)
     for module in model.modules():
         if isinstance(module, Int8Linear):
-            allocate([module], device)
             module.state.CB.random_(-127, 128)
             # Uniform codes have a standard deviation of 73: outputs get that of the inputs.
             module.state.SCB.fill_(127 / 73 / module.in_features**0.5)

@@ -330,13 +330,8 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
 
     peak = 0
     if use_int8:
-        for layer in model.layers:
-            attention, ffn = layer.attention, layer.feed_forward
-            allocate([attention.wq, attention.wk, attention.wv], device)
-            allocate([attention.wo], device)
-            allocate([ffn.w1, ffn.w3], device)
-            allocate([ffn.w2], device)
-        allocate([model.output], device)
+        for group in model.linears():
+            allocate(group, device)
 
     total = sum(weight.nbytes for weight in planned)
     threads = torch.get_num_threads()

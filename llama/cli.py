@@ -20,15 +20,15 @@ import fire
 
 def run(command: Callable[..., None]) -> None:
     """Calls command with the flags of the command line."""
-    check_flags(sys.argv[1:], inspect.signature(command).parameters)
+    parameters = inspect.signature(command).parameters
+    check_flags(sys.argv[1:], parameters)
     calls = []
 
     @functools.wraps(command)
     def record(*args, **kwargs):
         calls.append((args, kwargs))
 
-    parameters = inspect.signature(command).parameters.values()
-    text = [p.name for p in parameters if p.annotation in (str, str | None)]
+    text = [p.name for p in parameters.values() if p.annotation in (str, str | None)]
     fire.decorators.SetParseFns(**dict.fromkeys(text, str))(record)  # a folder may be called 13
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     said = io.StringIO()

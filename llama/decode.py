@@ -22,15 +22,8 @@ class FusedStep:
     def __init__(self, model: Transformer, cache: KVCache):
         args, B, device = model.args, cache.batch, cache.k.device
         self.model, self.cache = model, cache
-        self.layers = [
-            (
-                join([layer.attention.wq, layer.attention.wk, layer.attention.wv]),
-                join([layer.attention.wo]),
-                join([layer.feed_forward.w1, layer.feed_forward.w3]),
-                join([layer.feed_forward.w2]),
-            )
-            for layer in model.layers
-        ]
+        self.layers = [[join(group) for group in layer.linears()] for layer in model.layers]
+        self.head = join([model.output])
         half = {"dtype": torch.float16, "device": device}
         self.x = torch.empty(B, args.dim, **half)
         self.qkv = torch.empty(B, len(self.layers[0][0][1]), device=device)
@@ -57,5 +50,5 @@ class FusedStep:
             kernels.linear(x, *w13, self.hidden, "swiglu", parts)
             kernels.linear(self.hidden, *w2, residual, "add", parts)
         kernels.rms_norm(residual, model.norm.weight, eps, x)
-        kernels.linear(x, *join([model.output]), self.logits, "store", parts)
+        kernels.linear(x, *self.head, self.logits, "store", parts)
         return self.logits

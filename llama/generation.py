@@ -22,6 +22,7 @@ from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 ENGINES = ("triton", "bnb")
+MOST_FUSED_ROWS = 32  # more are a matter of arithmetic, not of reading weights
 
 
 class LLaMA:
@@ -212,7 +213,7 @@ class LLaMA:
         model, cuda = self.model, cache.k.is_cuda
         int8 = isinstance(model.output, Int8Linear)
         power_of_2 = model.args.head_dim & (model.args.head_dim - 1) == 0
-        few = cache.batch <= 32  # more rows are a matter of arithmetic, not of reading weights
+        few = cache.batch <= MOST_FUSED_ROWS
         if int8 and cuda and self.engine == "triton" and few and power_of_2:
             from llama.decode import FusedStep  # Triton comes with torch's CUDA build alone
 

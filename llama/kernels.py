@@ -29,7 +29,6 @@ TILE = 1024
 # 0.59 and 0.51. Activations in fp16, on fp16 tensor cores: 0.26 at best (H200, 2026-11-23).
 BLOCK_N = 64
 STAGES = 4
-FEW = 32  # rows that linear() takes
 GROUP = 128  # columns that share a scale where activations are split into two int8 digits
 DIGITS = 32512  # the largest value of two digits: 256 x 127
 MAX_SPLITS = 32  # of a sequence among the programs of attend(); one program merges them
@@ -223,27 +222,23 @@ def few_rows_kernel(
             whole = tl.dot(w, high, out_dtype=tl.int32) * 256 + tl.dot(w, low, out_dtype=tl.int32)
             y_up += whole.to(tl.float32) * scale[None, :]
 
-    last = True
-    if SPLITS > 1:
-        # Everybody leaves what it has; who comes last adds all up, in the order of the parts.
-        SIZE: tl.constexpr = BLOCK_N * BLOCK_B
-        spot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
-        mine = partial + (tile * SPLITS + part) * 2 * SIZE + spot
-        tl.store(mine, y)
-        if THEN == "swiglu":
-            tl.store(mine + SIZE, y_up)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrivals + tile, 1) == SPLITS - 1
-        if last:
-            tl.store(arrivals + tile, 0)
-            y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-            y_up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-            for s in tl.static_range(SPLITS):
-                theirs = partial + (tile * SPLITS + s) * 2 * SIZE + spot
-                y += tl.load(theirs, cache_modifier=".cg")
-                if THEN == "swiglu":
-                    y_up += tl.load(theirs + SIZE, cache_modifier=".cg")
-    if last:
+    # Everybody leaves what it has; who comes last adds all up, in the order of the parts.
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_B
+    spot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
+    mine = partial + (tile * SPLITS + part) * 2 * SIZE + spot
+    tl.store(mine, y)
+    if THEN == "swiglu":
+        tl.store(mine + SIZE, y_up)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + tile, 1) == SPLITS - 1:
+        tl.store(arrivals + tile, 0)
+        y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+        y_up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+        for s in tl.static_range(SPLITS):
+            theirs = partial + (tile * SPLITS + s) * 2 * SIZE + spot
+            y += tl.load(theirs, cache_modifier=".cg")
+            if THEN == "swiglu":
+                y_up += tl.load(theirs + SIZE, cache_modifier=".cg")
         y *= (tl.load(SCB + rows, mask=rows < N, other=0) / 127)[:, None]
         if THEN == "swiglu":
             y_up *= (tl.load(SCB + N + rows, mask=rows < N, other=0) / 127)[:, None]
@@ -259,7 +254,7 @@ def linear(
     x: Tensor, CB: Tensor, SCB: Tensor, out: Tensor, then: str, parts: tuple[Tensor, Tensor]
 ) -> None:
     """x (B, D) fp16 times int8 weights CB (N, D) with scales SCB (N,), accumulated in float32; B at
-    most FEW. `then` says what becomes of the product y (B, N): "store" puts it into out, "add" adds
+    most 32. `then` says what becomes of the product y (B, N): "store" puts it into out, "add" adds
     it, "swiglu" puts silu(y's first half) * its second half into out (B, N / 2). `parts` is
     linear_buffers()."""
     (B, D), N = x.shape, out.shape[1]

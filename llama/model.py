@@ -13,7 +13,6 @@ K head dimension, D model dimension, V vocabulary.
 """
 
 import copy
-import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,14 +27,13 @@ from llama.int8 import Int8Linear
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def check(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
+def check(name: str, value, kind: type, low: float, high: float) -> None:
     """ValueError unless value is a number of this kind (an int is a float too) within bounds."""
     kinds = numbers.Integral if kind is int else numbers.Real
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or value == math.inf:
+    if not is_number or not low <= value <= high:
         number = "a whole number" if kind is int else "a number"
-        bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}, expected {number}, {bounds}")
+        raise ValueError(f"{name} is {value!r}, expected {number}, from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -209,6 +207,16 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
+    def linears(self) -> list[list[nn.Linear]]:
+        """The linear layers in the order of their work, those that read the same input together."""
+        attention, ffn = self.attention, self.feed_forward
+        return [
+            [attention.wq, attention.wk, attention.wv],
+            [attention.wo],
+            [ffn.w1, ffn.w3],
+            [ffn.w2],
+        ]
+
     def forward(
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember: Remember | None
     ) -> Tensor:
@@ -233,6 +241,10 @@ class Transformer(nn.Module):
         self.register_buffer("rotation", rotation, persistent=False)
         self.cache: KVCache | None = None
         self.cached = 0  # tokens in it
+
+    def linears(self) -> list[list[nn.Linear]]:
+        """All linear layers, those that read the same input together; the output head is last."""
+        return [group for layer in self.layers for group in layer.linears()] + [[self.output]]
 
     @torch.inference_mode()
     def forward(
