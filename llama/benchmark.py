@@ -1,21 +1,24 @@
 """How fast is it on this machine? python -m llama.benchmark --size 13B
 
-Times what a user waits for: the prefill of a prompt and the tokens that follow, for int8 with our
-kernels, int8 with bitsandbytes' product and fp16, beside the rate at which this GPU reads memory.
-The weights are random, made in memory, unless --ckpt_dir names a model; a few features have norm
-weights of 8, so that activations beyond 6.0 occur as in trained models. One line a figure to
-stdout, medians of several runs; only ratios within one run compare across machines.
+Times what a user waits for: the start of a process, the prefill of a prompt and the tokens that
+follow, for int8 with our kernels, int8 with bitsandbytes' product and fp16, beside the rate at
+which X As in trained models, norm weights are below 1 but for a few features,
+whose activations pass 6.0. One line a figure to stdout, medians of several runs; only ratios within
+one run compare across machines.
 """
 
 import gc
 import itertools
 import statistics
+import subprocess
+import sys
 import time
+from json import dump, dumps, loads
 
 import torch
 from torch import nn
 
-from llama.checkpoint import GIB, weight_bytes
+from llama.checkpoint import GIB, cache_bytes, weight_bytes
 from llama.cli import run
 from llama.generation import DEMO, LLaMA
 from llama.int8 import Int8Linear, allocate
@@ -31,11 +34,26 @@ SIZES = {
 VOCABULARY = 32000
 OUTLIERS = [7, 300, 1021, 2049, 3333]
 OUTLIER = 8.0
+NORM = 0.5  # norm weights of the other features
 LENGTHS = (128, 512, 1900)
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 32
 REPEATS = 5
 ENGINES = {"int8": (True, "triton"), "int8 bnb": (True, "bnb"), "fp16": (False, "triton")}
+
+# A process of its own, whose start and first token are timed.
+FIRST_TOKEN = """
+import json, sys, time
+times = [time.time()]
+import torch
+times.append(time.time())
+from llama import benchmark
+llm = benchmark.build(*json.loads(sys.argv[1]))
+torch.cuda.synchronize()
+times.append(time.time())
+benchmark.first_token(llm)
+print(json.dumps([*times, time.time()]))
+"""
 
 
 def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
@@ -52,7 +70,7 @@ def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
             module.state.SCB.fill_(127 / 73 / module.in_features**0.5)
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.ones(parameter.shape, dtype=torch.float16, device=device)
+            value = torch.full(parameter.shape, NORM, dtype=torch.float16, device=device)
             if parameter.dim() == 1:
                 value[OUTLIERS] = OUTLIER
             else:
@@ -81,11 +99,21 @@ def seconds(work) -> float:
     return statistics.median(times)
 
 
+def build(
+    name: str, size: str, ckpt_dir: str | None = None, tokenizer_path: str | None = None
+) -> LLaMA:
+    use_int8, engine = ENGINES[name]
+    if ckpt_dir is None:
+        return random_model(size, use_int8, engine)
+    return LLaMA.build(ckpt_dir, tokenizer_path, 2048, 32, use_int8, "cuda", engine)
+
+
 def prefill_seconds(llm: LLaMA, length: int) -> float:
     weight = llm.model.tok_embeddings.weight
-    cache = KVCache(llm.model.args, 1, length, weight)
-    tokens = torch.randint(3, len(weight), (1, length), device=weight.device)
-    return seconds(lambda: llm.model(tokens, 0, cache))
+    prefill, *_ = llm._engine(KVCache(llm.model.args, 1, length, weight))
+    tokens = torch.randint(3, len(weight), (length,), device=weight.device)
+    with torch.inference_mode():
+        return seconds(lambda: prefill(tokens, 0))
 
 
 def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
@@ -102,6 +130,23 @@ def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
+def first_token(llm: LLaMA) -> None:
+    for _ in llm._decode([list(range(3, 11))], 1, lambda logits, *_: logits.argmax(-1), 0):
+        pass
+
+
+def first_token_seconds(*model: str | None) -> dict[str, float]:
+    """From the start of a process to its first token: in all, importing torch, making or loading
+    the model, and what remains. The second of two runs, whose files and kernels are in caches."""
+    for _ in range(2):
+        started = time.time()
+        command = [sys.executable, "-c", FIRST_TOKEN, dumps(model)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        begun, imported, built, ended = loads(done.stdout.splitlines()[-1])
+    took = {"in all": ended - started, "import torch": imported - begun, "model": built - imported}
+    return took | {"rest": took["in all"] - took["import torch"] - took["model"]}
+
+
 def main(
     size: str = "13B",
     ckpt_dir: str | None = None,
@@ -109,8 +154,9 @@ def main(
     batches: tuple = BATCHES,
     lengths: tuple = LENGTHS,
     engines: tuple = tuple(ENGINES),
+    json: str | None = None,
 ):
-    """Times prefill and decoding on CUDA.
+    """Times start, prefill and decoding on CUDA.
 
     Args:
         size: 7B, 13B, 30B or 65B with random weights
@@ -119,41 +165,85 @@ def main(
         batches: sequences decoded at once
         lengths: tokens of prompts; the shortest and the longest are also contexts of decoding
         engines: int8, int8 bnb, fp16
+        json: a file to write the figures to as well
     """
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
     if ckpt_dir is None and size not in SIZES:
         raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
+    if unknown := [name for name in engines if name not in ENGINES]:
+        raise ValueError(f"engines has {unknown[0]!r}, expected some of {', '.join(ENGINES)}")
+    model_of = (size, ckpt_dir, tokenizer_path)
     bandwidth = read_bandwidth()
-    print(f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"read bandwidth: {bandwidth / 1e12:.2f} TB/s")
+    figures = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "read bandwidth, TB/s": bandwidth / 1e12,
+    }
+    for name, value in figures.items():
+        print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
+
+    def say(name: str, value: float, unit: str, note: str = "") -> None:
+        figures[f"{name}, {unit}"] = value
+        print(f"{name}: {value:.4g} {unit}{note}", flush=True)
+
     for name in engines:
-        use_int8, engine = ENGINES[name]
+        used_before = used_bytes()
         torch.cuda.reset_peak_memory_stats()
-        if ckpt_dir is None:
-            llm = random_model(size, use_int8, engine)
-        else:
-            llm = LLaMA.build(ckpt_dir, tokenizer_path, 2048, 32, use_int8, "cuda", engine)
-        model = llm.model
-        embedding = model.tok_embeddings.weight.nbytes
-        read = weight_bytes(model, torch.float16) - embedding  # of which a step reads a row
+        started = time.perf_counter()
+        llm = build(name, *model_of)
+        torch.cuda.synchronize()
+        if ckpt_dir:
+            say(f"{name}: load", time.perf_counter() - started, "s")
+        args = llm.model.args
+        weights = weight_bytes(llm.model, torch.float16)
+        read = weights - llm.model.tok_embeddings.weight.nbytes  # of which a step reads a row
         for length in lengths:
-            took = prefill_seconds(llm, length)
-            print(f"{name}: prefill of {length} tokens: {1000 * took:.1f} ms", flush=True)
+            say(f"{name}: prefill of {length} tokens", 1000 * prefill_seconds(llm, length), "ms")
+        peak = torch.cuda.max_memory_allocated() / GIB
+        driver = (used_bytes() - used_before) / GIB
+        note = f" ({driver:.2f} GiB with torch's pool)"
+        say(f"{name}: GPU memory with one sequence of {max(lengths)} tokens", peak, "GiB", note)
         for context, batch in itertools.product((min(lengths), max(lengths)), batches):
             took = step_seconds(llm, batch, context)
-            cache = KVCache(model.args, 1, 1, model.norm.weight)
-            nbytes = read + batch * (context + NEW_TOKENS / 2) * 2 * cache.k.nbytes
-            print(
-                f"{name}: decode at batch {batch}, {context} tokens of context: "
-                f"{batch / took:.1f} tokens/s, {1000 * took:.2f} ms a step, {nbytes / 1e9:.2f} GB "
-                f"read = {nbytes / took / bandwidth:.2f} of the read bandwidth",
-                flush=True,
+            cached = cache_bytes(args, batch, context + NEW_TOKENS // 2, torch.float16)
+            rate = (read + cached) / took / bandwidth
+            say(
+                f"{name}: decode at batch {batch}, {context} tokens of context",
+                batch / took,
+                "tokens/s",
+                f" ({1000 * took:.2f} ms a step, {(read + cached) / batch / 1e9:.2f} GB read a "
+                f"token, {rate:.2f} of the read bandwidth)",
             )
-        print(f"{name}: GPU memory at its peak: {torch.cuda.max_memory_allocated() / GIB:.2f} GiB")
-        del llm, model, cache
+            figures[f"{name}: of the read bandwidth at batch {batch}, {context} tokens"] = rate
+        del llm
         gc.collect()
         torch.cuda.empty_cache()
+
+    for other in engines[1:]:
+        compare(figures, engines[0], other)
+    for part, took in first_token_seconds(engines[0], *model_of).items():
+        say(f"{engines[0]}: start to first token, {part}", took, "s")
+    if json:
+        with open(json, "w") as file:
+            dump(figures, file, indent=1)
+
+
+def used_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def compare(figures: dict, ours: str, theirs: str) -> None:
+    """Prints how often each of our figures goes into theirs, or theirs into it: 2 is twice as
+    fast."""
+    for key in [key for key in figures if key.startswith(f"{ours}: ") and "bandwidth" not in key]:
+        other = key.replace(ours, theirs, 1)
+        if other in figures:
+            ratio = figures[key] / figures[other]
+            ratio = ratio if "tokens/s" in key else 1 / ratio
+            what = key.removeprefix(f"{ours}: ").rsplit(",", 1)[0]
+            print(f"{ours} against {theirs}: {what}: {ratio:.2f}x")
 
 
 if __name__ == "__main__":

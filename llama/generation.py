@@ -166,10 +166,11 @@ class LLaMA:
         uniform = uniform_numbers(seed, B, steps).to(weight.device)
         tokens = torch.zeros(B, S, dtype=torch.long, device=weight.device)
         cache = KVCache(model.args, B, S, weight)
+        prefill, forward, capture = self._engine(cache)
         logits = []
         for row, ids in enumerate(prompt_ids):
             tokens[row, : len(ids)] = torch.tensor(ids, device="cpu")
-            logits.append(model(tokens[row : row + 1, : len(ids)], 0, cache.row(row)))
+            logits.append(prefill(tokens[row, : len(ids)], row))
         logits = torch.cat(logits)
         length = torch.tensor(lengths, device=weight.device)
         last = torch.tensor([end - 1 for end in ends], device=weight.device)
@@ -189,7 +190,6 @@ class LLaMA:
             logits.copy_(forward(tokens.gather(1, place[:, None])[:, 0], place))
             choose_next()
 
-        forward, capture = self._forward(cache)
         choose_next()
         if capture and steps > 1:
             advance = captured(advance, [tokens, length, count, chosen, logits])
@@ -207,18 +207,29 @@ class LLaMA:
             if not going:
                 return
 
-    def _forward(self, cache: KVCache) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
-        """What computes logits (B, V) from tokens (B,) at positions (B,), and whether a CUDA graph
-        can hold it: bitsandbytes' product cannot, it asks the host for the outliers."""
+    def _engine(self, cache: KVCache) -> tuple[Callable, Callable, bool]:
+        """What computes logits (1, V) from the tokens (T,) of a prompt and its row, what computes
+        logits (B, V) from tokens (B,) at positions (B,), and whether a CUDA graph can hold that:
+        bitsandbytes' product cannot, it asks the host for the outliers."""
         model, cuda = self.model, cache.k.is_cuda
         int8 = isinstance(model.output, Int8Linear)
-        power_of_2 = model.args.head_dim & (model.args.head_dim - 1) == 0
-        few = cache.batch <= MOST_FUSED_ROWS
-        if int8 and cuda and self.engine == "triton" and few and power_of_2:
-            from llama.decode import FusedStep  # Triton comes with torch's CUDA build alone
+        head_dim = model.args.head_dim
+        power_of_2 = head_dim >= 16 and head_dim & (head_dim - 1) == 0
 
-            return FusedStep(model, cache), True
-        return lambda tokens, positions: model(tokens[:, None], positions, cache), cuda and not int8
+        def prefill(tokens: Tensor, row: int) -> Tensor:
+            return model(tokens[None], 0, cache.row(row))
+
+        def step(tokens: Tensor, positions: Tensor) -> Tensor:
+            return model(tokens[:, None], positions, cache)
+
+        if not (int8 and cuda and self.engine == "triton" and power_of_2):
+            return prefill, step, cuda and not int8
+        from llama.fused import Fused  # Triton comes with torch's CUDA build alone
+
+        fused = Fused(model, cache)
+        if cache.batch > MOST_FUSED_ROWS:
+            return fused.prefill, step, False
+        return fused.prefill, fused.step, True
 
     def _too_big(self, prompt_ids: list[list[int]], max_gen_len: int) -> str:
         args, weight = self.model.args, self.model.tok_embeddings.weight

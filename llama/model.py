@@ -154,6 +154,21 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1) of q
+    (B, T, H, K) with k and v (B, S, Hkv, K), whose heads each serve H / Hkv neighbouring query
+    heads (Ainslie et al. 2023, arXiv 2305.13245, section 2.2) -> (B, T, H, K)."""
+    k, v, shared = k.transpose(1, 2), v.transpose(1, 2), q.shape[2] // k.shape[2]
+    if mask is None:
+        q = q.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
+        return out.transpose(1, 2)
+    # With a mask, enable_gqa would copy the cache: the heads of a group go as more tokens of one.
+    q = q.unflatten(2, (-1, shared)).permute(0, 2, 3, 1, 4)  # (B, Hkv, H / Hkv, T, K)
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, mask.repeat(1, 1, shared, 1))
+    return out.unflatten(2, q.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, linear: type[nn.Linear]):
         super().__init__()
@@ -168,22 +183,15 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember: Remember | None
     ) -> Tensor:
         """mask (B, 1, T, S) says what a token sees; None: this step's tokens up to itself.
-        remember(k, v) takes this step's keys and values and returns all that came so far."""
+        remember(k, v) takes this step's keys and values and returns all there is room for."""
         head_dim = self.args.head_dim
         q = rotate(self.wq(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, H, K)
         k = rotate(self.wk(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, Hkv, K)
         v = self.wv(x).unflatten(-1, (-1, head_dim))
         if remember:
-            k, v = remember(k, v)  # (B, S, Hkv, K)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.args.kv_heads != self.args.n_heads,
-        )
-        return self.wo(out.transpose(1, 2).flatten(-2))
+            cached = remember(k, v)  # (B, S, Hkv, K)
+            k, v = (k, v) if mask is None else cached
+        return self.wo(attend(q, k, v, mask).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -268,7 +276,7 @@ class Transformer(nn.Module):
         start = torch.as_tensor(start_pos, device=tokens.device).reshape(-1, 1)
         positions = (start + torch.arange(T, device=tokens.device)).expand(tokens.shape)  # (B, T)
         rotation, mask = self.rotation[positions], None
-        if cache:
+        if cache and (isinstance(start_pos, Tensor) or start_pos > 0):
             mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
 
         x = self.tok_embeddings(tokens)

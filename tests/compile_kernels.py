@@ -11,10 +11,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama import kernels
+from llama.kernels import attention, few_rows, llm_int8, rotary
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block: CUDA programming guide
-LINEAR = {"x": "*fp16", "CB": "*i8", "SCB": "*fp32", "out": "*fp32", "N": "i32"}
+LINEAR = {
+    "x": "*fp16",
+    "gain": "*fp16",
+    "CB": "*i8",
+    "SCB": "*fp32",
+    "out": "*fp32",
+    "N": "i32",
+    "eps": "fp32",
+}
 FEW = {
     "digits": "*i8",
     "scales": "*fp32",
@@ -40,32 +48,76 @@ ATTEND = {
 }
 
 
+QUANT = {
+    "x": "*fp16",
+    "weight": "*fp16",
+    "A": "*fp16",
+    "CA": "*i8",
+    "SCA": "*fp32",
+    "first": "*i32",
+    "columns": "*i32",
+    "count": "*i32",
+    "threshold": "fp32",
+    "eps": "fp32",
+    "rest": "*fp16",
+    "M": "i32",
+}
+PRODUCT = QUANT | {"CB": "*i8", "SCB": "*fp32", "out": "*fp32", "N": "i32"}
+
+
 def cases():
     """(kernel, types of its arguments, constants, launch options)"""
-    few = {"GROUP": kernels.GROUP, "BLOCK_N": kernels.BLOCK_N}
+    few = {"GROUP": few_rows.GROUP, "BLOCK_N": few_rows.BLOCK_N}
     for D, then, splits in ((5120, "swiglu", 2), (13824, "add", 4)):
-        tiles = triton.cdiv(D, kernels.TILE)
-        constants = {"D": D, "TILE": kernels.TILE, "TILES": tiles, "THEN": then}
-        yield kernels.matvec_kernel, LINEAR, constants, {"num_warps": 4}
+        tiles = triton.cdiv(D, few_rows.TILE)
+        constants = {"D": D, "TILE": few_rows.TILE, "TILES": tiles, "THEN": then}
+        yield few_rows.matvec_kernel, LINEAR, constants, {"num_warps": 4}
         constants = few | {"D": D, "BLOCK_B": 32, "SPLITS": splits, "THEN": then}
-        options = {"num_warps": 4, "num_stages": kernels.STAGES}
-        yield kernels.few_rows_kernel, FEW, constants, options
-    types = {"x": "*fp16", "digits": "*i8", "scales": "*fp32", "B": "i32"}
-    constants = {"D": 5120, "GROUP": kernels.GROUP, "DIGITS": kernels.DIGITS}
-    yield kernels.split_kernel, types, constants, {"num_warps": 1}
-    types = {"x": "*fp32", "weight": "*fp16", "out": "*fp16", "eps": "fp32"}
-    yield kernels.rms_norm_kernel, types, {"D": 5120, "BLOCK": 8192}, {"num_warps": 8}
-    sizes = {"K": 128, "SPLIT": 64, "BLOCK": 64, "MAX_SPLITS": kernels.MAX_SPLITS}
-    yield kernels.attend_kernel, ATTEND, sizes | {"H": 64, "HKV": 8}, {"num_warps": 4}
+        options = {"num_warps": 4, "num_stages": few_rows.STAGES}
+        yield few_rows.few_rows_kernel, FEW, constants, options
+    constants = {"D": 5120, "TILE": few_rows.TILE, "TILES": 5}
+    types = LINEAR | {"x": "*fp32", "out": "*fp16"}
+    yield few_rows.normalize_kernel, types, constants, {"num_warps": 4}
+    types |= {"digits": "*i8", "scales": "*fp32", "B": "i32"}
+    constants = {name: getattr(few_rows, name) for name in ("TILE", "GROUP", "DIGITS")}
+    constants |= {"D": 5120, "TILES": 5, "NORM": True}
+    yield few_rows.split_kernel, types, constants, {"num_warps": 4}
+    sizes = {"K": 128, "SPLIT": 64, "BLOCK": 64, "MAX_SPLITS": attention.MAX_SPLITS}
+    yield attention.attend_kernel, ATTEND, sizes | {"H": 64, "HKV": 8}, {"num_warps": 4}
+
+    types = {"qkv": "*fp16", "k_cache": "*fp16", "v_cache": "*fp16", "rotation": "*fp32"}
+    constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
+    yield rotary.rotate_kernel, types | {"T": "i32"}, constants, {"num_warps": 4}
+    for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
+        constants = {"D": 5120, "TILE": 1024, "TILES": 5, "BEFORE": before}
+        yield llm_int8.vectorwise_quant_kernel, QUANT | {"x": x}, constants, {"num_warps": 8}
+    constants |= {"D": 13824, "TILE": 2048, "TILES": 7, "BEFORE": "swiglu"}
+    yield llm_int8.vectorwise_quant_kernel, QUANT, constants, {"num_warps": 16}
+    constants = {name: getattr(llm_int8, name) for name in ("CHUNK", "NEVER", "BLOCK_KEPT")}
+    constants |= {"D": 5120, "WIDTH": 5120, "BLOCK_M": llm_int8.KEPT_ROWS}
+    yield llm_int8.kept_kernel, QUANT, constants, {"num_warps": 8}
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_KEPT", "NEIGHBOURS")
+    constants = {name: getattr(llm_int8, name) for name in names}
+    constants |= {"D": 5120, "WIDTH": 5120, "THEN": "add"}
+    options = {"num_warps": llm_int8.WARPS, "num_stages": llm_int8.STAGES}
+    yield llm_int8.mixed_scaled_mm_kernel, PRODUCT, constants, options
 
 
 def main() -> int:
     failed = 0
     for kernel, types, constants, options in cases():
         for capability, limit in SHARED.items():
-            constants = constants | {"PDL": capability >= 90}
+            if "PDL" in kernel.arg_names:
+                constants = constants | {"PDL": capability >= 90}
             signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-            source = ASTSource(kernel, signature, constants)
+            # As at a launch, where pointers and sizes are multiples of 16: else nothing is
+            # loaded ahead, and little shared memory taken.
+            aligned = {
+                (i,): [["tt.divisibility", 16]]
+                for i, n in enumerate(kernel.arg_names)
+                if types.get(n, "")[:1] == "*" or n in "DNS"
+            }
+            source = ASTSource(kernel, signature, constants, aligned)
             target = GPUTarget("cuda", capability, 32)
             shared = triton.compile(source, target=target, options=options).metadata.shared / 1024
             print(f"{kernel.__name__} {capability}: {shared:.0f} of {limit} KiB")

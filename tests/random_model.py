@@ -1,8 +1,8 @@
 """How does one measure a model one does not have? python tests/random_model.py 13B FOLDER
 
 Writes a folder in Meta's format, of a published size and with its number of shards, filled with
-random values: speed and memory do not depend on what the weights say. A few features have norm
-weights of 8, so that activations beyond 6.0 occur as in trained models. Its tokenizer has 32,000
+random values: speed and memory do not depend on what the weights say. As in trained models, norm
+weights are below 1 but for a few features, whose activations pass 6.0. Its tokenizer has 32,000
 pieces, one a character, so what such a model prints is no language. One shard at a time is in
 memory (up to 17 GB).
 """
@@ -16,7 +16,7 @@ import torch
 from checkpoints import JOINED_ON, shapes
 from sentencepiece import SentencePieceTrainer
 
-from llama.benchmark import OUTLIER, OUTLIERS, SIZES, VOCABULARY
+from llama.benchmark import NORM, OUTLIER, OUTLIERS, SIZES, VOCABULARY
 
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
 
@@ -47,7 +47,7 @@ def main(size: str, folder: Path) -> None:
         for name, shape in shapes(params, VOCABULARY).items():
             dim = JOINED_ON.get(name.split(".")[-2])
             if dim is None:
-                shard[name] = torch.ones(shape, dtype=torch.float16)
+                shard[name] = torch.full(shape, NORM, dtype=torch.float16)
                 shard[name][OUTLIERS] = OUTLIER
                 continue
             split = [n // n_shards if i == dim else n for i, n in enumerate(shape)]

@@ -1,0 +1,354 @@
+"""LLM.int8() for many rows: the linear layers of a prompt.
+
+The method of Dettmers et al. 2022 (arXiv 2208.07339, section 3) without asking the host:
+activations are rounded to int8 row by row, what reaches the threshold is kept apart in fp16, int8
+tensor cores multiply, and what was kept is added. The columns where anything was kept are listed on
+the device, in their order, so that results repeat bit for bit.
+
+bitsandbytes keeps a column whole if any of its entries reaches the threshold. Here a column is kept
+from the first token on that reaches it: no token's result depends on those after it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.kernels.launch import launch
+
+# Outputs of BLOCK_M rows x BLOCK_N columns a program, BLOCK_K inputs a step.
+BLOCK_M = 128
+BLOCK_N = 128
+BLOCK_K = 128
+WARPS = 4
+STAGES = 3
+NEIGHBOURS = 16  # blocks of rows computed side by side, while their weights are in the cache
+BLOCK_KEPT = 16  # columns kept in fp16 that are added at once, the least of a tensor core
+CHUNK = 4096  # columns searched at once; all at once, their registers would crowd out other rows
+MOST_ROWS = (
+    2**20
+)  # of one call; its programs count each other and those with outliers in one number
+KEPT_ROWS = 64  # a program of kept_kernel
+NEVER = 2**31 - 1  # the first token that reaches the threshold in a column where none does
+
+
+def vectorwise_quant_torch(x, threshold, room, before="nothing", weight=None, eps=0.0, launch=None):
+    if before == "rms_norm":
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    if before == "swiglu":
+        gate, up = x.float().chunk(2, -1)
+        x = F.silu(gate) * up
+    A = x.half()
+    large = ~(A.abs() < threshold)
+    SCA = A.masked_fill(large, 0).abs().amax(1).float()
+    CA = (A.float().masked_fill(large, 0) * (127 / SCA.clamp(min=1e-30))[:, None]).round()
+    columns = large.any(0).nonzero()[:, 0]
+    since = large[:, columns].cummax(0).values
+    rest = A[:, columns].float() - CA[:, columns] * (SCA / 127)[:, None]
+    kept = columns, len(columns), rest.masked_fill(~since, 0).half()
+    room[0].copy_(A)
+    return CA.to(torch.int8), SCA, kept
+
+
+@triton.jit
+def vectorwise_quant_kernel(
+    x,
+    weight,
+    A,
+    CA,
+    SCA,
+    first,
+    threshold,
+    eps,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BEFORE: tl.constexpr,
+):
+    """One row a program, in registers."""
+    m = tl.program_id(0)
+    row = m.to(tl.int64) * D
+    A += row
+    CA += row
+    values = ()
+    for i in tl.static_range(TILES):
+        d = i * TILE + tl.arange(0, TILE)
+        if BEFORE == "swiglu":
+            gate = tl.load(x + 2 * row + d, mask=d < D, other=0).to(tl.float32)
+            up = tl.load(x + 2 * row + D + d, mask=d < D, other=0).to(tl.float32)
+            values += (gate * tl.sigmoid(gate) * up,)
+        else:
+            values += (tl.load(x + row + d, mask=d < D, other=0).to(tl.float32),)
+    norm = 1.0
+    if BEFORE == "rms_norm":
+        squares = tl.zeros((TILE,), tl.float32)
+        for i in tl.static_range(TILES):
+            squares += values[i] * values[i]
+        norm = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    most = tl.zeros((TILE,), tl.float32)
+    most_small = tl.zeros((TILE,), tl.float32)
+    halves = ()
+    for i in tl.static_range(TILES):
+        d = i * TILE + tl.arange(0, TILE)
+        value = values[i]
+        if BEFORE == "rms_norm":
+            value *= norm * tl.load(weight + d, mask=d < D, other=0).to(tl.float32)
+        half = value.to(tl.float16)
+        if BEFORE != "nothing":
+            tl.store(A + d, half, mask=d < D)
+        value = tl.abs(half.to(tl.float32))
+        value = tl.where(value == value, value, float("inf"))  # NaN is kept apart too
+        most = tl.maximum(most, value)
+        most_small = tl.maximum(most_small, tl.where(value < threshold, value, 0))
+        halves += (half,)
+    scale = tl.max(most_small, 0)
+    tl.store(SCA + m, scale)
+    for i in tl.static_range(TILES):
+        d = i * TILE + tl.arange(0, TILE)
+        value = halves[i].to(tl.float32)
+        ratio = tl.where(tl.abs(value) < threshold, value, 0) * (127 / tl.maximum(scale, 1e-30))
+        whole = (ratio + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no bits for a fraction
+        tl.store(CA + d, whole.to(tl.int8), mask=d < D)
+
+    if tl.max(most, 0) >= threshold:
+        for i in tl.static_range(TILES):
+            d = i * TILE + tl.arange(0, TILE)
+            large = (d < D) & ((tl.abs(halves[i].to(tl.float32)) < threshold) == 0)
+            token = tl.load(first + d, mask=large, other=0, cache_modifier=".cg")
+            # Only who comes earlier than all so far: many would queue at few addresses.
+            tl.atomic_min(first + d, m, mask=large & (token > m), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["M"])
+def kept_kernel(
+    A,
+    CA,
+    SCA,
+    first,
+    columns,
+    count,
+    rest,
+    M,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NEVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
+):
+    """Lists the columns, all programs the same list, and what the codes of BLOCK_M rows left out of
+    them."""
+    n_kept = 0
+    for start in range(0, D, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        kept = (tl.load(first + d, mask=d < D, other=NEVER) < NEVER).to(tl.int32)
+        found = tl.sum(kept, 0)
+        if found > 0:
+            tl.store(columns + n_kept + tl.cumsum(kept, 0) - 1, d, mask=kept > 0)
+        n_kept += found
+    tl.store(count, n_kept)
+    tl.debug_barrier()
+
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    j = tl.arange(0, BLOCK_KEPT)[None, :]
+    at, to = m.to(tl.int64) * D, m.to(tl.int64) * WIDTH + j
+    scale = tl.load(SCA + m, mask=m < M, other=0) / 127
+    i = 0
+    while i < n_kept:
+        column = tl.load(columns + i + j, mask=i + j < n_kept, other=0)
+        token = tl.load(first + column, mask=i + j < n_kept, other=NEVER)
+        there = (m < M) & (m >= token)
+        value = tl.load(A + at + column, mask=there, other=0).to(tl.float32)
+        value -= tl.load(CA + at + column, mask=there, other=0).to(tl.float32) * scale
+        tl.store(rest + to + i, value.to(tl.float16), mask=m < M)
+        i += BLOCK_KEPT
+
+
+def vectorwise_quant(
+    x: Tensor,
+    threshold: float,
+    room: tuple[Tensor, ...],
+    before: str = "nothing",
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+    launch: Callable = launch,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Rows as int8 codes and a scale each: A = CA * SCA / 127 where |A| < threshold. A (M, D) fp16
+    is what `before` makes of x: "nothing" x itself; "rms_norm" of x (M, D) float32 with a weight
+    (D,) fp16; "swiglu" silu(first half) * second half of x (M, 2 D) fp16.
+
+    Returns CA, SCA and what was kept apart: columns, how many, and what A has in them that its
+    codes lack (M, at least as many) fp16; they lie in `room`, quant_room(M, D).
+    """
+    A, CA, SCA, first, *kept = room
+    (M, D), width = CA.shape, kept[2].shape[1]
+    if before == "nothing":
+        A = x
+    first.fill_(NEVER)
+    warps = 8 if D <= 8192 else 16
+    tile = 128 * warps
+    launch(
+        vectorwise_quant_kernel,
+        (M,),
+        x,
+        weight,
+        A,
+        CA,
+        SCA,
+        first,
+        threshold,
+        eps,
+        D,
+        tile,
+        triton.cdiv(D, tile),
+        before,
+        num_warps=warps,
+    )
+    launch(
+        kept_kernel,
+        (triton.cdiv(M, KEPT_ROWS),),
+        A,
+        CA,
+        SCA,
+        first,
+        *kept,
+        M,
+        D,
+        width,
+        CHUNK,
+        NEVER,
+        KEPT_ROWS,
+        BLOCK_KEPT,
+        num_warps=8,
+    )
+    return CA, SCA, tuple(kept)
+
+
+def quant_room(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
+    """A, CA, SCA, the first token of each column that reached the threshold, and what was kept."""
+    half = {"dtype": torch.float16, "device": device}
+    whole = {"dtype": torch.int32, "device": device}
+    codes = torch.empty(M, D, dtype=torch.int8, device=device), torch.empty(M, device=device)
+    first, columns, count = (torch.empty(size, **whole) for size in (D, D, ()))
+    width = triton.cdiv(D, BLOCK_KEPT) * BLOCK_KEPT
+    rest = torch.empty(M, width, **half)
+    return torch.empty(M, D, **half), *codes, first, columns, count, rest
+
+
+def mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, out, then: str, launch=None) -> None:
+    columns, count, rest = kept
+    columns, rest = columns[:count].long(), rest[:, :count]
+    y = CA.double() @ CB.double().T * (SCA / 127)[:, None]
+    y = (y + rest.double() @ CB[:, columns].double().T) * (SCB / 127)
+    out.copy_(y + out if then == "add" else y)
+
+
+@triton.jit(do_not_specialize=["M"])
+def mixed_scaled_mm_kernel(
+    CA,
+    SCA,
+    columns,
+    count,
+    rest,
+    CB,
+    SCB,
+    out,
+    M,
+    N,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    THEN: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
+    within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
+    side_by_side = tl.minimum(NEIGHBOURS, tiles_m - group * NEIGHBOURS)
+    m0 = (group * NEIGHBOURS + within % side_by_side) * BLOCK_M
+    n0 = within // side_by_side * BLOCK_N
+    CA += m0.to(tl.int64) * D
+    rest += m0.to(tl.int64) * WIDTH
+    CB += n0.to(tl.int64) * D
+    out += m0.to(tl.int64) * N + n0
+    m = tl.arange(0, BLOCK_M)
+    row = (m < M - m0)[:, None]
+    # Past the last output: that one again, and it is not stored.
+    n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
+    outputs = n[None, :] * D
+
+    k = tl.arange(0, BLOCK_K)
+    whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for i in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            a = tl.load(CA + m[:, None] * D + (i + k)[None, :], mask=row, other=0)
+            b = tl.load(CB + outputs + (i + k)[:, None])
+        else:
+            known = row & (i + k < D)[None, :]
+            a = tl.load(CA + m[:, None] * D + (i + k)[None, :], mask=known, other=0)
+            b = tl.load(CB + outputs + (i + k)[:, None], mask=(i + k < D)[:, None], other=0)
+        whole = tl.dot(a, b, whole, out_dtype=tl.int32)
+    y = whole.to(tl.float32) * (tl.load(SCA + m0 + m, mask=m < M - m0, other=0) / 127)[:, None]
+
+    j = tl.arange(0, BLOCK_KEPT)
+    n_kept = tl.load(count)
+    start = 0
+    while start < n_kept:
+        column = tl.load(columns + start + j, mask=start + j < n_kept, other=0)
+        a = tl.load(rest + m[:, None] * WIDTH + (start + j)[None, :], mask=row, other=0)
+        b = tl.load(CB + outputs + column[:, None]).to(tl.float16)
+        y = tl.dot(a, b, y)
+        start += BLOCK_KEPT
+
+    y *= (tl.load(SCB + n0 + n) / 127)[None, :]
+    n = tl.arange(0, BLOCK_N)
+    there = row & (n < N - n0)[None, :]
+    target = out + m[:, None] * N + n[None, :]
+    if THEN == "add":  # a load would spill registers: of 512 rows wo took 42 us so, now 34
+        tl.atomic_add(target, y, mask=there, sem="relaxed")
+    else:
+        tl.store(target, y.to(out.dtype.element_ty), mask=there)
+
+
+def mixed_scaled_mm(
+    CA: Tensor,
+    SCA: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor],
+    CB: Tensor,
+    SCB: Tensor,
+    out: Tensor,
+    then: str,
+    launch: Callable = launch,
+) -> None:
+    """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) with scales SCB (N,):
+    "store" puts the product (M, N) into out, "add" adds it to out."""
+    (M, D), N = CA.shape, len(CB)
+    grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
+    launch(
+        mixed_scaled_mm_kernel,
+        grid,
+        CA,
+        SCA,
+        *kept,
+        CB,
+        SCB,
+        out,
+        M,
+        N,
+        D,
+        kept[2].shape[1],
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_KEPT,
+        NEIGHBOURS,
+        then,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
