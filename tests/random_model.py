@@ -16,7 +16,8 @@ import torch
 from checkpoints import JOINED_ON, shapes
 from sentencepiece import SentencePieceTrainer
 
-from llama.benchmark import OUTLIER, OUTLIERS, SIZES, VOCABULARY
+from llama.benchmark import OUTLIER, OUTLIERS
+from llama.memory import SIZES, VOCABULARY
 
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
 

@@ -29,19 +29,29 @@ def test_every_command_is_known():
         "pip install -r requirements.txt && python example.py",  # .ci/run
         'pip install -r requirements.txt -e ".[test]" && python -m pytest',  # .ci/run
         "PRESIGNED_URL='https://...' ./download.sh 7B,13B /w",  # test_download.py
+        "python -m llama.memory --size 13B",
         "python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model"
         " --max_batch_size=1",
+        "python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8",
     ]
     assert "grep '^pip install' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_command_with_metas_weights(make_folder):
+def test_commands_with_metas_weights(make_folder):
     folder, _, _ = make_folder(2, name="13B")
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    command = COMMANDS[3].replace("/w/", f"{folder.parent}/")
-    done = run(*shlex.split(command)[2:], "--max_gen_len=5")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once upon a time")
+    printed = []
+    for command in COMMANDS[3:]:
+        script, *arguments = shlex.split(command.replace("/w/", f"{folder.parent}/"))[1:]
+        done = run(*arguments, script=script)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        printed.append(done.stdout)
+    memory, example, quantize = printed
+    assert memory.startswith("13B, 1 sequence of 2048 tokens, in GiB\n")
+    assert example.startswith("Once upon a time")
+    assert quantize == ""
+    assert (folder.parent / "13B_int8" / "tokenizer.model").is_file()
 
 
 def test_the_story_is_the_one_that_seed_1_tells():
