@@ -75,10 +75,11 @@ def test_benchmark_says_that_it_needs_a_gpu():
     assert done.stderr == "error: the benchmark needs a CUDA GPU, torch sees none\n"
 
 
-def test_random_model_is_a_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("int8", [False, True], ids=["shards", "int8"])
+def test_random_model_is_a_model(tmp_path, monkeypatch, int8):
     monkeypatch.setitem(random_model.SIZES, "13B", {"dim": 64, "n_layers": 1, "n_heads": 4})
     monkeypatch.setattr(random_model, "OUTLIERS", [3, 17])
-    random_model.main("13B", tmp_path)
+    random_model.main("13B", tmp_path, int8)
     llm = LLaMA.build(tmp_path, device="cpu")
     assert llm.tokenizer.n_words == 32000
     assert llm.generate(["Once upon"], 5)[0].startswith("Once upon")
