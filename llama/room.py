@@ -108,7 +108,7 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
             f"{(every.cache + every.work) / GIB:.1f} GiB, {device} has "
             f"{(free - every.weights) / GIB:.1f} GiB beside the weights: so many at once, if as "
             "long, will be refused (see python -m llama.memory)",
-            stacklevel=4,
+            stacklevel=5,  # of whoever called LLaMA.build
         )
 
 

@@ -26,10 +26,8 @@ def fails(make_folder, monkeypatch):
             refs.append(weakref.ref(model))
             happen(folder)
 
-        with monkeypatch.context() as patch:
-            happen_with = room_is_checked
-            patch.setattr(checkpoint, "check_room", happen_with)
-            check.patch = patch
+        with monkeypatch.context() as check.patch:
+            check.patch.setattr(checkpoint, "check_room", room_is_checked)
             with pytest.raises(kind, match=message) as caught:
                 LLaMA.build(folder, device=DEVICE)
         assert "\n" not in str(caught.value)
