@@ -1,9 +1,9 @@
 """Does a size fit, and is the estimate right? python tests/fits.py 13B FOLDER LIMIT_GIB
 
-Loads FOLDER (tests/random_model.py writes it) with this process held to LIMIT_GIB of GPU memory,
-CUDA's own context included, generates 64 tokens at the end of 2,048, and prints what that took
-beside what llama.memory says. Host memory is in the line that loading prints. For a GPU that nobody
-else uses.
+Loads FOLDER (tests/random_model.py writes it) with torch held to LIMIT_GIB of GPU memory, generates
+64 tokens at the end of 2,048, and prints what that took beside what llama.memory says. The limit
+does not count CUDA's own context, the driver's figures do. Host memory is in the line that loading
+prints. For a GPU that nobody else uses.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main(size: str, folder: str, limit: float) -> None:
     torch.ones(1, device="cuda")
     context = taken()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((limit * GIB - context) / total)
+    torch.cuda.set_per_process_memory_fraction(limit * GIB / total)
 
     started = time.perf_counter()
     llm = LLaMA.build(folder, max_seq_len=LENGTH, max_batch_size=1)
@@ -44,7 +44,7 @@ def main(size: str, folder: str, limit: float) -> None:
     print(f"generate: {len(text) - len(prompt)} characters in {took:.1f} s")
 
     need = room.need(llm.model, 1, LENGTH, torch.float16)
-    print(f"limit: {limit:.2f} GiB, of which CUDA took {context / GIB:.2f} before the load")
+    print(f"limit for torch: {limit:.2f} GiB; CUDA itself took {context / GIB:.2f} at the start")
     print(f"{'GiB':16}{'said':>8}{'measured':>10}{'said / measured':>17}")
     for name, said, measured in (
         ("weights, torch", need.weights, weights),
