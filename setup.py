@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="GPL-3.0-only",
     python_requires=">=3.10",
-    packages=["llama", "llama.demo"],
+    packages=["llama", "llama.demo", "llama.kernels"],
     package_data={
         "llama.demo": ["*.json", "*.pth", "tokenizer.model", "SOURCES.md"],
     },

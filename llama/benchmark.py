@@ -18,20 +18,14 @@ from json import dump, dumps, loads
 import torch
 from torch import nn
 
-from llama.checkpoint import GIB, cache_bytes, weight_bytes
 from llama.cli import run
 from llama.generation import DEMO, LLaMA
 from llama.int8 import Int8Linear, allocate
+from llama.memory import SIZES, VOCABULARY
 from llama.model import KVCache, ModelArgs, Transformer, rotation_table
+from llama.room import GIB, cache_bytes, weight_bytes
 from llama.tokenizer import Tokenizer
 
-SIZES = {
-    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
-    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
-    "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
-    "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5},
-}
-VOCABULARY = 32000
 OUTLIERS = [7, 300, 1021, 2049, 3333]
 OUTLIER = 8.0
 NORM = 0.5  # norm weights of the other features

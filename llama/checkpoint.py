@@ -2,24 +2,31 @@
 
 Meta's folder (`params.json`, one `consolidated.NN.pth` for each model-parallel shard) is checked
 whole before anything long starts: every name, shape and type against what `params.json` asks for,
-and the room on the device. Then the weights stream: shards are memory-mapped, so only what is being
-read is in memory; a matrix is joined from its shards in blocks of rows, quantized on the host by
-several threads, moved, and forgotten. Anonymous host memory peaks at a few matrices on CUDA and at
-the finished model on the CPU.
+and the room on the device. Then the weights stream through several threads: each reads a block of
+rows from the shards, joins and quantizes it, and moves it to its place. Anonymous host memory peaks
+at a few blocks a thread on CUDA and at the finished model on the CPU.
+
+`save_int8` writes a folder of the same kind that is already quantized, one file a layer; loading it
+is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
 """
 
+import ctypes
 import json
+import os
 import pickle
 import re
+import shutil
+import struct
 import sys
+import threading
 import time
 import warnings
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import combinations
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, groupby
 from pathlib import Path
 
 import torch
@@ -28,12 +35,15 @@ from tqdm.auto import tqdm
 
 from llama.int8 import Int8Linear, allocate, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
+from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
 
-GIB = 2**30
-VALUES_A_BLOCK = 2**20  # that a thread quantizes at once: 6 MiB of work, 2 ms away from Python
+VALUES_A_BLOCK = 2**20  # that a thread quantizes at once: 2 ms away from Python
+BYTES_A_BLOCK = 2**22  # that a thread reads at once where nothing is to be quantized
 MOST_WORKERS = 32  # whose blocks keep host memory within its bound
-AHEAD = 2  # matrices quantized while the one before them is finished and moved
+AHEAD = 4  # weights in work beside the one that is waited for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
+INT8_FORMAT = 1  # of the folders that save_int8 writes, in their params.json
 
 # What is found in place of a shard, by its first bytes.
 NOT_SHARDS = {
@@ -52,28 +62,93 @@ JOIN_DIM = {
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor of a shard or some of its rows. It is memory-mapped, but for its address alone:
+    where a disk fails or a file is cut short, touching it would kill the process, and reading the
+    file raises."""
+
+    tensor: Tensor
+    path: Path
+    mapped_at: int  # address of the file's first byte
+
+    def split(self, rows: int) -> list["Piece"]:
+        return [replace(self, tensor=part) for part in self.tensor.split(rows)]
+
+    def as_matrix(self) -> "Piece":
+        return self if self.tensor.dim() == 2 else replace(self, tensor=self.tensor[None])
+
+    def read(self) -> Tensor:
+        """Its values, until this thread reads the next piece."""
+        sizes, steps = self.tensor.shape, self.tensor.stride()
+        span = 1 + sum((n - 1) * step for n, step in zip(sizes, steps))
+        values = scratch("read", span, self.tensor.dtype)
+        self.read_into(values)
+        return values.as_strided(sizes, steps)
+
+    def read_into(self, out: Tensor) -> None:
+        """Fills out, contiguous, with the bytes from the piece's first value on."""
+        bytes_ = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.tensor.data_ptr() - self.mapped_at)
+                while bytes_:
+                    count = file.readinto(bytes_)
+                    if not count:
+                        raise OSError("it ends too early, and was longer before")
+                    bytes_ = bytes_[count:]
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be read ({error.strerror or error}): look after its disk, "
+                "or let whatever writes it end, and load again"
+            ) from None
+
+
+@dataclass(frozen=True)
 class Weight:
-    """One tensor of the model as the shards hold it, memory-mapped."""
+    """One tensor of the model as the shards hold it; as a matrix, so norms are one row."""
 
     name: str
-    pieces: list[Tensor]
+    pieces: list[Piece]
     dim: int | None  # on which the pieces are joined; None: one piece is the whole
 
     @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].tensor.dtype
 
-    def blocks(self) -> list[list[Tensor]]:
+    @property
+    def layer(self) -> int | None:
+        return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.tensor.nbytes for piece in self.pieces)
+
+    def blocks(self, values: int) -> list[list[Piece]]:
         """Consecutive blocks of rows, each the pieces that stand side by side in it."""
-        width = sum(p.shape[1] for p in self.pieces[: None if self.dim == 1 else 1])
-        rows = max(1, VALUES_A_BLOCK // width)
+        side_by_side = self.pieces if self.dim == 1 else self.pieces[:1]
+        rows = max(1, values // sum(piece.tensor.shape[1] for piece in side_by_side))
         split = [piece.split(rows) for piece in self.pieces]
         if self.dim == 1:
             return [list(block) for block in zip(*split)]
-        return [[rows] for piece in split for rows in piece]
+        return [[part] for parts in split for part in parts]
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat(self.pieces, self.dim or 0).to(dtype)
+
+_of_this_thread = threading.local()
+
+
+def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """This thread's buffer of that name. Quantizing in fresh memory ran at 0.22 to 0.28 GB/s
+    instead of 0.53 where each block's came from the kernel, page by page."""
+    buffers = _of_this_thread.__dict__
+    if name not in buffers or buffers[name].nbytes < count * dtype.itemsize:
+        buffers[name] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
+    return buffers[name][: count * dtype.itemsize].view(dtype)
+
+
+def tokenizer_of(ckpt_dir: Path) -> Path:
+    """In the folder or, as Meta has it, beside it."""
+    beside = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
+    return next((path for path in beside if path.is_file()), beside[0])
 
 
 def read_params(ckpt_dir: Path) -> dict:
@@ -102,6 +177,12 @@ def read_params(ckpt_dir: Path) -> dict:
     if not isinstance(params, dict):
         raise ValueError(f"{path} holds no JSON object: download it again")
 
+    version = params.pop("int8_format", INT8_FORMAT)
+    if version != INT8_FORMAT:
+        raise ValueError(
+            f"{path} is of int8 format {version!r}, this program reads {INT8_FORMAT}: take a newer "
+            "one, or quantize the model again"
+        )
     known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
     if unknown := sorted(set(params) - known):
         warnings.warn(f"{path}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=2)
@@ -124,26 +205,26 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
     return args
 
 
-def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Tensor]]:
+def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
     """File name -> its tensors, none of them read yet."""
     names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
-    strange = [name for name in names if not re.fullmatch(r"consolidated\.\d\d\.pth", name)]
+    strange = [name for name in names if not re.fullmatch(r"consolidated\.\d{2,}\.pth", name)]
     if strange:
         raise ValueError(
             f"{ckpt_dir} holds {', '.join(strange)}, expected consolidated.00.pth and so on alone: "
             "move what is no shard elsewhere"
         )
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
-    if names != expected:
+    if set(names) != set(expected):
         absent = sorted(set(expected) - set(names))
         raise FileNotFoundError(
             f"{ckpt_dir} holds {', '.join(names)} but not {', '.join(absent)}: "
             "fetch the missing shard, download.sh resumes"
         )
-    return {name: open_shard(ckpt_dir / name) for name in names}
+    return {name: open_shard(ckpt_dir / name) for name in expected}
 
 
-def open_shard(path: Path) -> dict[str, Tensor]:
+def open_shard(path: Path) -> dict[str, Piece]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
     with path.open("rb") as file:
@@ -153,10 +234,11 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [entry for entry in archive.infolist() if entry.filename.endswith(".pkl")]
-        if sum(entry.file_size for entry in pickles) > LARGEST_PICKLE:
+            entries = archive.infolist()
+        if sum(e.file_size for e in entries if e.filename.endswith(".pkl")) > LARGEST_PICKLE:
             raise ValueError("its list of tensors is too long")
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        records = tensor_records(path, entries)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors, which loading could run as code: it was refused, "
@@ -175,14 +257,43 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         for name, tensor in shard.items()
     ):
         raise ValueError(f"{path} holds no flat dict of tensors: expected one of Meta's shards")
-    return {n: t.detach() for n, t in shard.items() if not n.endswith("rope.freqs")}
+    mapped_at = 0
+    if storages := [tensor.untyped_storage() for tensor in shard.values() if tensor.numel()]:
+        found = {(storage.data_ptr(), storage.nbytes()) for storage in storages}
+        first = min(found)[0]
+        # Where the file is mapped, torch does not tell. Each storage is a record of it.
+        places = [first - start for start, _ in records]
+        fits = [p for p in places if {(address - p, n) for address, n in found} <= records]
+        if not fits:
+            raise ValueError(f"{path} keeps tensors as torch.save never does: download it again")
+        mapped_at = fits[0]
+    return {
+        name: Piece(tensor.detach(), path, mapped_at)
+        for name, tensor in shard.items()
+        if not name.endswith("rope.freqs")
+    }
 
 
-def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weight]:
+def tensor_records(path: Path, entries: list[zipfile.ZipInfo]) -> set[tuple[int, int]]:
+    """Where in the file the bytes of its storages begin, and their number."""
+    records = set()
+    with path.open("rb") as file:
+        for entry in entries:
+            if "/data/" in entry.filename:
+                file.seek(entry.header_offset + 26)  # lengths of the name and of the extra field
+                name, extra = struct.unpack("<HH", file.read(4))
+                records.add((entry.header_offset + 30 + name + extra, entry.file_size))
+    return records
+
+
+def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
     """Each tensor of the model once, in its order; ValueError names the first that does not fit,
     and whatever is missing or left over. Two shards that changed places look right: only their md5
     sums tell."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if holds_int8(shards):
+        shards = {"the int8 files": joined(shards)}
+        expected = with_scales(expected, model)
     for file, shard in shards.items():
         missing = [name for name in expected if name not in shard]
         extra = [name for name in shard if name not in expected]
@@ -193,7 +304,7 @@ def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weigh
             )
     planned = []
     for name, shape in expected.items():
-        pieces = {file: shard[name] for file, shard in shards.items()}
+        pieces = [shard[name] for shard in shards.values()]
         dim = JOIN_DIM.get(name.split(".")[-2]) if len(shards) > 1 else None
         want = list(shape)
         if dim is not None:
@@ -203,49 +314,94 @@ def plan(model: Transformer, shards: dict[str, dict[str, Tensor]]) -> list[Weigh
                     "model"
                 )
             want[dim] //= len(shards)
-        for file, piece in pieces.items():
-            check_piece(name, file, piece, shape, want, len(shards))
-        whole = list(pieces.values())
+        kinds = DTYPES
+        if name.removesuffix("weight") + "SCB" in expected:
+            kinds = (torch.int8,)
+        if name.endswith(".weight_format"):
+            kinds = (torch.uint8,)
+        for piece in pieces:
+            check_piece(name, piece, shape, want, len(shards), kinds)
+        if kinds == (torch.uint8,):
+            if pieces[0].read().item() != BY_ROWS:
+                raise ValueError(f"{name} is not {BY_ROWS} (by rows): quantize the model again")
+            continue
         if dim is None:
-            if not all(nearly_equal(whole[0], copy) for copy in whole[1:]):
+            if not all(nearly_equal(pieces[0], copy) for copy in pieces[1:]):
                 raise ValueError(
                     f"{name} is not the same in all shards: they are of different models, take all "
                     "files from one"
                 )
-            whole = whole[:1]
-        elif any(torch.equal(a[:1], b[:1]) for a, b in combinations(whole, 2) if "wq" in name):
+            pieces = pieces[:1]
+        elif any(same_first_row(a, b) for a, b in combinations(pieces, 2) if "wq" in name):
             raise ValueError(
                 f"two shards hold the same {name}: one is a copy of the other, fetch it again"
             )
-        planned.append(Weight(name, whole, dim))
+        planned.append(Weight(name, [piece.as_matrix() for piece in pieces], dim))
     return planned
 
 
-def nearly_equal(a: Tensor, b: Tensor) -> bool:
+def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
+    return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
+
+
+def joined(shards: dict[str, dict[str, Piece]]) -> dict[str, Piece]:
+    """The tensors of files none of which has a part of another's."""
+    together = {}
+    for file, shard in shards.items():
+        if twice := sorted(set(together) & set(shard)):
+            raise ValueError(f"{file} holds {_some(twice)} again: quantize the model again")
+        together |= shard
+    return together
+
+
+def with_scales(expected: dict[str, tuple], model: Transformer) -> dict[str, tuple]:
+    """The shapes that a folder of save_int8 holds."""
+    more = {}
+    for name, shape in expected.items():
+        more[name] = shape
+        path = name.removesuffix(".weight")
+        if isinstance(model.get_submodule(path), Int8Linear):
+            more |= {f"{path}.SCB": shape[:1], f"{path}.weight_format": ()}
+    return more
+
+
+def same_first_row(a: Piece, b: Piece) -> bool:
+    a, b = (piece.split(1)[0].read().clone() for piece in (a, b))
+    return torch.equal(a, b)
+
+
+def nearly_equal(a: Piece, b: Piece) -> bool:
     """Whether two copies of a norm are of one model: a hundredth apart on average at most."""
-    return bool((a.float() - b.float()).abs().mean() <= 0.01 * a.float().abs().mean())
+    a, b = (piece.read().float().clone() for piece in (a, b))
+    return bool((a - b).abs().mean() <= 0.01 * a.abs().mean())
 
 
 def check_piece(
-    name: str, file: str, piece: Tensor, shape: tuple[int, ...], want: list[int], n_shards: int
+    name: str,
+    piece: Piece,
+    shape: tuple[int, ...],
+    want: list[int],
+    n_shards: int,
+    kinds: tuple[torch.dtype, ...],
 ) -> None:
-    if piece.dtype not in DTYPES:
+    file, tensor = piece.path.name, piece.tensor
+    if tensor.dtype not in kinds:
         raise ValueError(
-            f"{name} in {file} is {piece.dtype}, expected float16, bfloat16 or float32: "
-            "pass Meta's original checkpoint"
+            f"{name} in {file} is {tensor.dtype}, expected {' or '.join(map(str, kinds))}: pass "
+            "Meta's original checkpoint, or what llama.quantize made of it"
         )
-    if name == "tok_embeddings.weight" and piece.shape[:1] != shape[:1]:
+    if name == "tok_embeddings.weight" and tensor.shape[:1] != shape[:1]:
         raise ValueError(
-            f"the weights have {piece.shape[0]} tokens, the tokenizer {shape[0]}: "
+            f"the weights have {tensor.shape[0]} tokens, the tokenizer {shape[0]}: "
             "pass the tokenizer.model that came with these weights"
         )
-    if list(piece.shape) != want:
-        count = torch.Size(shape).numel() / max(piece.numel(), 1)
+    if list(tensor.shape) != want:
+        count = torch.Size(shape).numel() / max(tensor.numel(), 1)
         is_one_of = count in range(1, 65) and count != n_shards
         hint = f" (it is one of {count:.0f} shards)" if is_one_of else ""
         shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
         raise ValueError(
-            f"{name} in {file} is {tuple(piece.shape)}, but by params.json {shards} for "
+            f"{name} in {file} is {tuple(tensor.shape)}, but by params.json {shards} for "
             f"{tuple(want)}{hint}: take all files from one model"
         )
 
@@ -256,66 +412,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
-    """Bytes of all weights on the device, from shapes alone: the model may be on "meta"."""
-    total = 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if isinstance(module, Int8Linear):
-                total += parameter.numel() + 4 * parameter.shape[0]
-            else:
-                total += parameter.numel() * dtype.itemsize
-    return total
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.1f} MiB"
-
-
-def cache_bytes(args: ModelArgs, batch: int, length: int, dtype: torch.dtype) -> int:
-    return 2 * args.n_layers * batch * length * args.kv_heads * args.head_dim * dtype.itemsize
-
-
-def free_bytes(device: torch.device) -> int:
-    """What this process can still take: on CUDA what the driver and torch's own pool have free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _kernel_says("/proc/meminfo", "MemAvailable") or sys.maxsize
-
-
-def anonymous_bytes() -> int:
-    """Host memory of this process that no file backs (mapped shards are not in it), and what torch
-    has pinned for copies to CUDA, which the kernel does not count so; 0 where neither tells."""
-    pinned = 0
-    if torch.cuda.is_initialized():
-        pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-    return _kernel_says("/proc/self/status", "RssAnon") + pinned
-
-
-def _kernel_says(file: str, key: str) -> int:
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:  # not Linux
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
-
-
-def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """MemoryError unless the weights and one sequence of max_seq_len fit on the device."""
-    args = model.args
-    weights_need = weight_bytes(model, dtype)
-    cache_need = cache_bytes(args, 1, args.max_seq_len, dtype)
-    cache_need += 16 * args.max_seq_len * args.head_dim  # rotary table, float64 while it is made
-    free = free_bytes(device)
-    if weights_need + cache_need > free:
-        raise MemoryError(
-            f"the model needs {weights_need / GIB:.1f} GiB for weights and {cache_need / GIB:.1f} "
-            f"GiB for one sequence of {args.max_seq_len} tokens, {device} has {free / GIB:.1f} GiB "
-            "free: lower --max_seq_len, keep --use_int8=True, or take a smaller model"
-        )
-
-
 @torch.inference_mode(False)  # whose tensors the workers could not write
 def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) -> Transformer:
     """The model of a folder on `device`, in fp16 (float32 on the CPU) where it is not int8."""
@@ -323,52 +419,37 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
         torch.cuda.init()
     started, memory_before = time.perf_counter(), anonymous_bytes()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    shards = open_shards(ckpt_dir)
+    if holds_int8(shards) and not use_int8:
+        raise ValueError(
+            f"{ckpt_dir} holds int8 weights, but use_int8 is False: pass the folder that they were "
+            "made from"
+        )
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
-    planned = plan(model, open_shards(ckpt_dir))
+    planned = plan(model, shards)
     check_room(model, device, dtype)
-
-    peak = 0
     if use_int8:
         for group in model.linears():
             allocate(group, device)
 
-    total = sum(weight.nbytes for weight in planned)
-    threads = torch.get_num_threads()
-    workers = min(threads, MOST_WORKERS)
-    bar = tqdm(
-        total=total / GIB,
-        desc=f"Loading {ckpt_dir.resolve().name}",
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
-        "{remaining} left",
-    )
+    def place(weight: Weight) -> list[Tensor]:
+        path, attribute = weight.name.rsplit(".", 1)
+        module = model.get_submodule(path)
+        if not isinstance(module, Int8Linear):
+            empty = torch.empty(getattr(module, attribute).shape, dtype=dtype, device=device)
+            setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
+            return [empty]
+        CB, SCB = module.state.CB, module.state.SCB
+        if attribute == "SCB":
+            return [SCB]
+        return [CB] if weight.dtype == torch.int8 else [CB, SCB]
 
-    def settle(weight: Weight, finish: Callable[[], None]) -> int:
-        finish()
-        if weight.name.startswith("layers."):
-            layer = int(weight.name.split(".")[1]) + 1
-            bar.set_postfix_str(f"layer {layer}/{args.n_layers}", refresh=False)
-        bar.update(weight.nbytes / GIB)
-        return anonymous_bytes()
-
-    # Each worker quantizes its own rows on one core.
-    with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            running = deque()
-            for weight in planned:
-                running.append((weight, start(model, weight, device, dtype, pool)))
-                peak = max(peak, anonymous_bytes())
-                if len(running) > AHEAD:
-                    peak = max(peak, settle(*running.popleft()))
-            while running:
-                peak = max(peak, settle(*running.popleft()))
-        finally:
-            torch.set_num_threads(threads)
+    name = ckpt_dir.resolve().name
+    peak = stream(planned, place, f"Loading {name}", args.n_layers)
     model.rotation = rotation_table(args, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     print(
-        f"Loaded {ckpt_dir.resolve().name} in {time.perf_counter() - started:.1f} s: "
+        f"Loaded {name} in {time.perf_counter() - started:.1f} s: "
         f"{size(weight_bytes(model, dtype))} on {device}, "
         f"host memory peaked {size(max(0, peak - memory_before))} above the start",
         file=sys.stderr,
@@ -376,40 +457,160 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     return model
 
 
-def start(
-    model: Transformer,
-    weight: Weight,
-    device: torch.device,
-    dtype: torch.dtype,
-    pool: ThreadPoolExecutor,
-) -> Callable[[], None]:
-    """Begins to put one weight into its module; what it returns waits for the end of that."""
-    path, attribute = weight.name.rsplit(".", 1)
-    module = model.get_submodule(path)
-    if not isinstance(module, Int8Linear):
-        tensor = weight.whole(dtype).to(device)
-        setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
-        return lambda: None
+@torch.inference_mode(False)
+def save_int8(
+    ckpt_dir: Path, params: dict, args: ModelArgs, tokenizer_path: Path, out_dir: Path
+) -> None:
+    """Writes a model folder's int8 form, whole or not at all: until then it has another name.
+    Host memory peaks at two layers in int8 and a few blocks a thread."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise FileExistsError(f"{out_dir} is there already: pass an --out_dir that is not")
+    shards = open_shards(ckpt_dir)
+    if holds_int8(shards):
+        raise ValueError(f"{ckpt_dir} holds int8 weights already: load it as it is")
+    with torch.device("meta"):
+        model = Transformer(args)
+    planned = plan(model, shards)
+    disk = next(folder for folder in out_dir.absolute().parents if folder.exists())
+    needed, free = weight_bytes(model, planned[0].dtype), shutil.disk_usage(disk).free
+    if needed > free:
+        raise OSError(
+            f"the int8 form needs {size(needed)}, {disk} has {size(free)} free: make room there or "
+            "pass an --out_dir on another disk"
+        )
 
-    target = module.state.CB, module.state.SCB
-    staging = target
-    if device.type == "cuda":
-        staging = [torch.empty_like(t, device="cpu", pin_memory=True) for t in target]
-    CB, SCB = staging
-    jobs, first = [], 0
-    for block in weight.blocks():
-        rows = slice(first, first + len(block[0]))
-        jobs.append(pool.submit(quantize, block, CB[rows], SCB[rows]))
-        first = rows.stop
+    parts = groupby(planned, lambda weight: weight.layer)
+    number = {weight.name: i for i, (_, part) in enumerate(parts) for weight in part}
+    last = {i: name for name, i in number.items()}
+    unwritten = defaultdict(dict)
 
-    def finish() -> None:
+    def place(weight: Weight) -> list[Tensor]:
+        path = weight.name.removesuffix(".weight")
+        shape, tensors = model.get_parameter(weight.name).shape, unwritten[number[weight.name]]
+        if not isinstance(model.get_submodule(path), Int8Linear):
+            tensors[weight.name] = torch.empty(shape, dtype=weight.dtype)
+            return [tensors[weight.name]]
+        tensors[weight.name] = torch.empty(shape, dtype=torch.int8)
+        tensors[f"{path}.SCB"] = torch.empty(shape[0])
+        tensors[f"{path}.weight_format"] = torch.tensor(BY_ROWS, dtype=torch.uint8)
+        return [tensors[weight.name], tensors[f"{path}.SCB"]]
+
+    def done(weight: Weight) -> None:
+        i = number[weight.name]
+        if weight.name == last[i]:
+            write(unwritten.pop(i), unfinished / f"consolidated.{i:02d}.pth")
+
+    unfinished = out_dir.with_name(f"{out_dir.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        stream(planned, place, f"Quantizing {ckpt_dir.resolve().name}", args.n_layers, done)
+        shutil.copy(tokenizer_path, unfinished / "tokenizer.model")
+        params = {**params, "int8_format": INT8_FORMAT}
+        (unfinished / "params.json").write_text(json.dumps(params))
+        unfinished.rename(out_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())  # whole on the disk before the folder gets its name
+    except (OSError, RuntimeError) as error:
+        # Torch closes the file nevertheless, and then complains of what it finds.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(
+            f"{path} could not be written ({getattr(cause, 'strerror', type(cause))}), nothing is "
+            "left of it: make room on its disk, or pass an --out_dir on another"
+        ) from None
+
+
+def stream(
+    planned: list[Weight],
+    place: Callable[[Weight], list[Tensor]],
+    title: str,
+    n_layers: int,
+    done: Callable[[Weight], None] = lambda weight: None,
+) -> int:
+    """Fills the tensors that place(weight) returns, in int8 if they are two: codes and scales.
+    Calls done(weight) in order. Returns the peak of anonymous_bytes()."""
+    threads, peak = torch.get_num_threads(), 0
+    workers = min(threads, MOST_WORKERS)
+    bar = tqdm(
+        total=sum(weight.nbytes for weight in planned) / GIB,
+        desc=title,
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
+        "{remaining} left",
+    )
+    running = deque()
+
+    def settle() -> None:
+        weight, jobs = running.popleft()
         try:
             for job in jobs:
                 job.result()
         except ValueError as error:
             raise ValueError(f"{weight.name} {error}: the shards are damaged") from None
-        for there, here in zip(target, staging):
-            if there is not here:
-                there.copy_(here, non_blocking=True)
+        done(weight)
+        if weight.layer is not None:
+            bar.set_postfix_str(f"layer {weight.layer + 1}/{n_layers}", refresh=False)
+        bar.update(weight.nbytes / GIB)
 
-    return finish
+    try:
+        # Each worker works on one core.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        with bar, pool:
+            try:
+                for weight in planned:
+                    running.append((weight, start(weight, place(weight), pool)))
+                    peak = max(peak, anonymous_bytes())
+                    if len(running) > AHEAD:
+                        settle()
+                while running:
+                    settle()
+                    peak = max(peak, anonymous_bytes())
+            finally:  # after an error nobody waits for the rest
+                pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)
+    return peak
+
+
+def start(weight: Weight, targets: list[Tensor], pool: ThreadPoolExecutor) -> list[Future]:
+    if targets[0].dim() == 1:
+        targets = [targets[0][None]]
+    quantizes = len(targets) == 2
+    jobs, first = [], 0
+    for block in weight.blocks(
+        VALUES_A_BLOCK if quantizes else BYTES_A_BLOCK // weight.dtype.itemsize
+    ):
+        rows = slice(first, first + len(block[0].tensor))
+        jobs.append(pool.submit(fill, block, [target[rows] for target in targets]))
+        first = rows.stop
+    return jobs
+
+
+def fill(block: list[Piece], targets: list[Tensor]) -> None:
+    """Puts pieces that stand side by side where they belong."""
+    here = [
+        torch.empty_like(target, device="cpu", pin_memory=True) if target.is_cuda else target
+        for target in targets
+    ]
+    out, quantizes = here[0], len(here) == 2
+    first = block[0].tensor
+    if len(block) == 1 and first.dtype == out.dtype and first.is_contiguous():
+        block[0].read_into(out)
+    else:
+        values = scratch("joined", out.numel(), torch.float32).view(out.shape) if quantizes else out
+        for piece, part in zip(block, values.split([p.tensor.shape[1] for p in block], 1)):
+            read = piece.read()
+            part.copy_(read.half() if quantizes else read)
+    if quantizes:
+        quantize(values, *here)
+    for target, source in zip(targets, here):
+        if target.is_cuda:
+            # Not ahead of the GPU: what waits to be copied is pinned memory.
+            target.copy_(source)

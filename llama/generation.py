@@ -6,6 +6,7 @@ prefilled alone and whole, then all rows decode together, each from its own posi
 """
 
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama import checkpoint
+from llama import checkpoint, room
 from llama.graph import captured
 from llama.int8 import Int8Linear
 from llama.model import KVCache, Transformer, check
@@ -60,10 +61,7 @@ class LLaMA:
         folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
         target = pick_device(device, use_int8)
         params = checkpoint.read_params(folder)
-        if tokenizer_path is None:
-            beside = folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"
-            tokenizer_path = next((path for path in beside if path.is_file()), beside[0])
-        tokenizer = Tokenizer(tokenizer_path)
+        tokenizer = Tokenizer(tokenizer_path or checkpoint.tokenizer_of(folder))
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args = checkpoint.model_args(params, tokenizer.n_words, **limits)
         encode(prompts, tokenizer, args.max_seq_len)
@@ -71,7 +69,10 @@ class LLaMA:
             engine = engine_for(target)
         try:
             model = checkpoint.load(folder, args, target, use_int8)
-        except torch.OutOfMemoryError:
+        except BaseException as error:
+            forget(error)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             raise MemoryError(
                 f"{target} ran out of memory while the model was loaded: something else took what "
                 "was free before (nvidia-smi shows it)"
@@ -158,8 +159,8 @@ class LLaMA:
         if not going:
             return
         B, S = len(lengths), max(ends)
-        need = checkpoint.cache_bytes(model.args, B, S, weight.dtype)
-        if need > checkpoint.free_bytes(weight.device):
+        need = room.cache_bytes(model.args, B, S, weight.dtype)
+        if need > room.free_bytes(weight.device):
             raise MemoryError(self._too_big(prompt_ids, max_gen_len))
 
         steps = max(end - n for n, end in zip(lengths, ends))
@@ -234,13 +235,22 @@ class LLaMA:
     def _too_big(self, prompt_ids: list[list[int]], max_gen_len: int) -> str:
         args, weight = self.model.args, self.model.tok_embeddings.weight
         longest = min(max(map(len, prompt_ids)) + max_gen_len, args.max_seq_len)
-        need = checkpoint.cache_bytes(args, len(prompt_ids), longest, weight.dtype)
+        need = room.cache_bytes(args, len(prompt_ids), longest, weight.dtype)
         return (
-            f"{len(prompt_ids)} sequences of {longest} tokens need {need / checkpoint.GIB:.1f} GiB "
+            f"{len(prompt_ids)} sequences of {longest} tokens need {need / room.GIB:.1f} GiB "
             f"for keys and values and some for work, {weight.device} has "
-            f"{checkpoint.free_bytes(weight.device) / checkpoint.GIB:.1f} GiB free: pass fewer "
+            f"{room.free_bytes(weight.device) / room.GIB:.1f} GiB free: pass fewer "
             "prompts at once (--max_batch_size) or lower --max_gen_len"
         )
+
+
+def forget(error: BaseException | None) -> None:
+    """Lets go of what the frames of an error hold, a model half loaded: a notebook keeps the error
+    until the next one. What torch's pool then has free goes back to the driver."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    torch.cuda.empty_cache()  # does nothing where CUDA was not started
 
 
 def check_settings(

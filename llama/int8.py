@@ -46,7 +46,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         if self.state.CB is None:  # a layer nobody has loaded: its own random weights
             weight = self.weight.data
             allocate([self], weight.device)
-            quantize([weight], self.state.CB, self.state.SCB)
+            quantize(weight.half().float(), self.state.CB, self.state.SCB)
         if x.is_cuda:
             return super().forward(x)
         return F.linear(x, self.state.CB.to(x.dtype)) * (self.state.SCB / 127).to(x.dtype)
@@ -87,13 +87,12 @@ def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
     return CB, states[0].SCB.as_strided((rows,), (1,))
 
 
-def quantize(block: list[Tensor], CB: Tensor, SCB: Tensor) -> None:
+def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
     """Fills codes CB int8 (rows, in) and scales SCB float32 (rows,) of some rows of a matrix, given
-    as the pieces that stand side by side in them. Takes 6 bytes a value on the way.
+    in float32 as fp16 holds them, in which bitsandbytes quantizes. x is worked in.
 
-    ValueError if a value is not finite in fp16, in which bitsandbytes quantizes.
+    ValueError if a value is not finite.
     """
-    x = torch.cat([piece.half() for piece in block], 1).float()
     torch.linalg.vector_norm(x, torch.inf, dim=1, out=SCB)
     if not SCB.isfinite().all():
         raise ValueError("holds values that are not finite in fp16 (NaN, or beyond 65,504)")

@@ -41,6 +41,18 @@ def make_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def large_folder(tmp_path_factory):
+    """0.9 GB in fp32, where the float16 of one matrix or of one shard would show."""
+    folder = tmp_path_factory.mktemp("large") / "large"
+    params = tiny_params(dim=2048, n_heads=16, n_layers=4, multiple_of=256)
+    weights = random_weights(params, dtype=torch.float32, vocab_size=vocab_size())
+    write_checkpoint(folder, params, weights, 2)
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
 def demo():
     """The demo model in int8 on the CPU."""
     return LLaMA.build(device="cpu")

@@ -5,6 +5,9 @@ random values: speed and memory do not depend on what the weights say. As in tra
 weights are below 1 but for a few features, whose activations pass 6.0. Its tokenizer has 32,000
 pieces, one a character, so what such a model prints is no language. One shard at a time is in
 memory (up to 17 GB).
+
+With --int8 as third argument it writes what llama.quantize would, one layer in memory and the same
+random codes in all of them: 65B takes 66 GB, which fits in /dev/shm where 130 GB fit nowhere.
 """
 
 import io
@@ -16,7 +19,9 @@ import torch
 from checkpoints import JOINED_ON, shapes
 from sentencepiece import SentencePieceTrainer
 
-from llama.benchmark import NORM, OUTLIER, OUTLIERS, SIZES, VOCABULARY
+from llama.benchmark import NORM, OUTLIER, OUTLIERS
+from llama.checkpoint import INT8_FORMAT
+from llama.memory import SIZES, VOCABULARY
 
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
 
@@ -37,11 +42,20 @@ def write_tokenizer(path: Path) -> None:
     path.write_bytes(model.getvalue())
 
 
-def main(size: str, folder: Path) -> None:
+def main(size: str, folder: Path, int8: bool = False) -> None:
     params = {"multiple_of": 256, "norm_eps": 1e-6, "vocab_size": -1} | SIZES[size]
-    n_shards = SHARDS[size]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder.mkdir(parents=True, exist_ok=True)
+    if int8:
+        params["int8_format"] = INT8_FORMAT
+        write_int8(params, folder)
+    else:
+        write_shards(params, SHARDS[size], folder)
+    write_tokenizer(folder / "tokenizer.model")
+    (folder / "params.json").write_text(json.dumps(params))
+
+
+def write_shards(params: dict, n_shards: int, folder: Path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for rank in range(n_shards):
         shard = {}
         for name, shape in shapes(params, VOCABULARY).items():
@@ -54,9 +68,36 @@ def main(size: str, folder: Path) -> None:
             scale = 1 if name.startswith("tok") else shape[1] ** -0.5
             shard[name] = (torch.randn(split, device=device, dtype=torch.float16) * scale).cpu()
         torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
-    write_tokenizer(folder / "tokenizer.model")
-    (folder / "params.json").write_text(json.dumps(params))
+
+
+def write_int8(params: dict, folder: Path) -> None:
+    made = {}  # kind of weight -> its tensors
+
+    def random(name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        if len(shape) == 1:
+            norm = torch.full(shape, NORM, dtype=torch.float16)
+            norm[OUTLIERS] = OUTLIER
+            return {"weight": norm}
+        if name.startswith("tok"):
+            return {"weight": torch.randn(shape, dtype=torch.float16)}
+        codes = torch.empty(shape, dtype=torch.int8).random_(-127, 128)
+        # Uniform codes have a standard deviation of 73: outputs get that of the inputs.
+        scales = torch.full(shape[:1], 127 / 73 / shape[1] ** 0.5)
+        return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0).byte()}
+
+    names = shapes(params, VOCABULARY)
+    layers = [f"layers.{i}." for i in range(params["n_layers"])]
+    for i, start in enumerate(["tok", *layers, ("norm", "output")]):
+        tensors = {}
+        for name, shape in names.items():
+            if name.startswith(start):
+                path = name.removesuffix(".weight")
+                kind = path.removeprefix(start) if start in layers else path
+                if kind not in made:
+                    made[kind] = random(name, shape)
+                tensors |= {f"{path}.{part}": tensor for part, tensor in made[kind].items()}
+        torch.save(tensors, folder / f"consolidated.{i:02d}.pth")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] == ["--int8"])

@@ -23,7 +23,7 @@ def int8_model(params, weights) -> Transformer:
         module = model.get_submodule(name.rsplit(".", 1)[0])
         if hasattr(module, "state"):
             allocate([module], torch.device("cpu"))
-            quantize([w], module.state.CB, module.state.SCB)
+            quantize(w.half().float(), module.state.CB, module.state.SCB)
         else:
             module.weight.data = w.float()
     return model.to(DEVICE)

@@ -197,7 +197,7 @@ def test_logits_that_are_not_finite_raise(make_folder):
 
 
 def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
-    monkeypatch.setattr(generation.checkpoint, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"sequences of \d+ tokens need .* lower --max_gen_len"):
         demo.generate(PROMPTS, 50)
 

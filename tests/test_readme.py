@@ -29,19 +29,29 @@ def test_every_command_is_known():
         "pip install -r requirements.txt && python example.py",  # .ci/run
         'pip install -r requirements.txt -e ".[test]" && python -m pytest',  # .ci/run
         "PRESIGNED_URL='https://...' ./download.sh 7B,13B /w",  # test_download.py
+        "python -m llama.memory --size 13B",
         "python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model"
         " --max_batch_size=1",
+        "python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8",
     ]
     assert "grep '^pip install' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_command_with_metas_weights(make_folder):
+def test_commands_with_metas_weights(make_folder):
     folder, _, _ = make_folder(2, name="13B")
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    command = COMMANDS[3].replace("/w/", f"{folder.parent}/")
-    done = run(*shlex.split(command)[2:], "--max_gen_len=5")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once upon a time")
+    printed = []
+    for command in COMMANDS[3:]:
+        script, *arguments = shlex.split(command.replace("/w/", f"{folder.parent}/"))[1:]
+        done = run(*arguments, script=script)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        printed.append(done.stdout)
+    memory, example, quantize = printed
+    assert memory.startswith("13B, 1 sequence of 2048 tokens, in GiB\n")
+    assert example.startswith("Once upon a time")
+    assert quantize == ""
+    assert (folder.parent / "13B_int8" / "tokenizer.model").is_file()
 
 
 def test_the_story_is_the_one_that_seed_1_tells():
@@ -65,10 +75,11 @@ def test_benchmark_says_that_it_needs_a_gpu():
     assert done.stderr == "error: the benchmark needs a CUDA GPU, torch sees none\n"
 
 
-def test_random_model_is_a_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("int8", [False, True], ids=["shards", "int8"])
+def test_random_model_is_a_model(tmp_path, monkeypatch, int8):
     monkeypatch.setitem(random_model.SIZES, "13B", {"dim": 64, "n_layers": 1, "n_heads": 4})
     monkeypatch.setattr(random_model, "OUTLIERS", [3, 17])
-    random_model.main("13B", tmp_path)
+    random_model.main("13B", tmp_path, int8)
     llm = LLaMA.build(tmp_path, device="cpu")
     assert llm.tokenizer.n_words == 32000
     assert llm.generate(["Once upon"], 5)[0].startswith("Once upon")

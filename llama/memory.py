@@ -1,0 +1,71 @@
+"""What does a model take, before it is loaded? python -m llama.memory --size 13B
+
+Counts GPU memory from params.json alone, in int8 and in fp16, beside what is free.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llama import checkpoint
+from llama.cli import run
+from llama.int8 import Int8Linear
+from llama.model import ModelArgs, Transformer
+from llama.room import GIB, free_bytes, need
+from llama.tokenizer import Tokenizer
+
+SIZES = {
+    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
+    "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5},
+}
+VOCABULARY = 32000
+CONTEXT = 0.5  # GiB that the driver counts for CUDA and its libraries before the first weight
+
+
+def main(
+    size: str = "13B",
+    ckpt_dir: str | None = None,
+    max_batch_size: int = 1,
+    max_seq_len: int = 2048,
+):
+    """Says what a model takes on the GPU.
+
+    Args:
+        size: 7B, 13B, 30B or 65B
+        ckpt_dir: a model folder instead
+        max_batch_size: sequences at once
+        max_seq_len: their length in tokens, prompt and continuation
+    """
+    limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    if ckpt_dir is None:
+        if size not in SIZES:
+            raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
+        args = ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
+    else:
+        folder = Path(ckpt_dir).expanduser()
+        params = checkpoint.read_params(folder)
+        path = checkpoint.tokenizer_of(folder)
+        args = checkpoint.model_args(params, Tokenizer(path).n_words, **limits)
+    with torch.device("meta"):
+        models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
+    int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)
+
+    sequences = "sequence" if max_batch_size == 1 else "sequences"
+    print(f"{ckpt_dir or size}, {max_batch_size} {sequences} of {max_seq_len} tokens, in GiB")
+    print(f"{'':16}{'int8':>8}{'fp16':>8}")
+    for name, part in (("weights", "weights"), ("keys and values", "cache"), ("work", "work")):
+        print(f"{name:16}{getattr(int8, part) / GIB:8.2f}{getattr(half, part) / GIB:8.2f}")
+    print(f"{'CUDA itself':16}{CONTEXT:8.2f}{CONTEXT:8.2f}")
+    print(f"{'together':16}{int8.total / GIB + CONTEXT:8.2f}{half.total / GIB + CONTEXT:8.2f}")
+    if torch.cuda.is_available():
+        free = free_bytes(torch.device("cuda")) / GIB + CONTEXT  # ours is taken by now
+        print(f"{'free':16}{free:8.2f}{free:8.2f}  on {torch.cuda.get_device_name()}")
+    else:
+        print("torch sees no CUDA GPU here")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,32 @@
+"""How does one save the int8 form? python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8
+
+What it writes is a model folder like any other, half as large, and loading it quantizes nothing. No
+GPU is needed.
+"""
+
+import sys
+from pathlib import Path
+
+from llama import checkpoint
+from llama.cli import run
+from llama.tokenizer import Tokenizer
+
+
+def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
+    """Writes a model's int8 form.
+
+    Args:
+        ckpt_dir: a model folder in Meta's format
+        out_dir: the folder to write, which must not be there yet
+        tokenizer_path: its tokenizer.model (looked for in the folder and beside it if not given)
+    """
+    folder, out = Path(ckpt_dir).expanduser(), Path(out_dir).expanduser()
+    params = checkpoint.read_params(folder)
+    path = Path(tokenizer_path or checkpoint.tokenizer_of(folder)).expanduser()
+    args = checkpoint.model_args(params, Tokenizer(path).n_words)
+    checkpoint.save_int8(folder, params, args, path, out)
+    print(f"Wrote {out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

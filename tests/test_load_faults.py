@@ -1,0 +1,113 @@
+"""What goes wrong while a model is loaded: one clear error, nothing of the model stays, and the
+process works on, even while a notebook keeps the error."""
+
+import errno
+import weakref
+
+import pytest
+import torch
+from test_checkpoint import logits
+
+from llama import LLaMA, checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fails(make_folder, monkeypatch):
+    """fails(kind, message, happen): a load during which happen(folder) is called fails so."""
+
+    def check(kind, message, happen):
+        folder, _, _ = make_folder(2)
+        threads, refs = torch.get_num_threads(), []
+        before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+
+        def room_is_checked(model, *_):
+            refs.append(weakref.ref(model))
+            happen(folder)
+
+        with monkeypatch.context() as check.patch:
+            check.patch.setattr(checkpoint, "check_room", room_is_checked)
+            with pytest.raises(kind, match=message) as caught:
+                LLaMA.build(folder, device=DEVICE)
+        assert "\n" not in str(caught.value)
+        assert refs[0]() is None  # though `caught` holds the error
+        assert torch.get_num_threads() == threads
+        if DEVICE == "cuda":
+            assert torch.cuda.memory_allocated() == before
+        return folder
+
+    return check
+
+
+def test_shard_cut_short(fails):
+    def cut(folder):
+        path = folder / "consolidated.01.pth"
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+
+    fails(OSError, r"consolidated.01.pth could not be read \(it ends too early", cut)
+
+
+def test_shard_removed(fails):
+    message = r"consolidated.01.pth could not be read \(No such file"
+    fails(OSError, message, lambda folder: (folder / "consolidated.01.pth").unlink())
+
+
+def test_read_error(fails):
+    def broken(path, *_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def happen(folder):
+        fails.patch.setattr(checkpoint, "open", broken, raising=False)
+
+    fails(OSError, r"consolidated.0\d.pth could not be read \(Input/output error\)", happen)
+
+
+def test_ctrl_c(fails):
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return 0
+
+    def happen(folder):
+        fails.patch.setattr(checkpoint, "anonymous_bytes", interrupt)
+
+    folder = fails(KeyboardInterrupt, None, happen)
+    assert logits(folder).isfinite().all()
+
+
+def test_gpu_out_of_memory(fails):
+    calls = []
+    allocate = checkpoint.allocate
+
+    def some(group, device):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        allocate(group, device)
+
+    def happen(folder):
+        fails.patch.setattr(checkpoint, "allocate", some)
+
+    fails(MemoryError, "ran out of memory while the model was loaded", happen)
+
+
+def test_matrices_stored_otherwise(make_folder):
+    """Views that torch.save keeps as they are: of a transposed matrix, and of a wider one."""
+    folder, _, _ = make_folder(1)
+    expected = logits(folder)
+    path = folder / "consolidated.00.pth"
+    shard = torch.load(path)
+    for name, axis in {
+        "layers.0.attention.wk.weight": 0,
+        "layers.1.feed_forward.w2.weight": 1,
+    }.items():
+        turned = shard[name].T.contiguous().T
+        shard[name] = turned if axis == 0 else torch.cat([turned, turned], 1)[:, : turned.shape[1]]
+        assert not shard[name].is_contiguous()
+    torch.save(shard, path)
+    assert torch.equal(logits(folder), expected)

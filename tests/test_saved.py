@@ -1,0 +1,207 @@
+"""Is the saved int8 form the same model, and is a folder that is not whole never taken for one?"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import DEMO
+from test_checkpoint import logits
+
+from llama import LLaMA, checkpoint, quantize
+
+COMMAND = [sys.executable, "-m", "llama.quantize", "--ckpt_dir"]
+
+
+def save(folder, **options):
+    out = folder.parent / f"{folder.name}_int8"
+    quantize.main(str(folder), str(out), **options)
+    return out
+
+
+def unfinished(folder):
+    return folder.parent / f"{folder.name}_int8.unfinished"
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_same_logits_bit_for_bit(make_folder, n_shards, dtype):
+    folder, _, _ = make_folder(n_shards, dtype, outliers=(3,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(logits(save(folder)), logits(folder))
+
+
+def test_it_tells_the_same_story_in_less_than_two_thirds_of_the_bytes(tmp_path, demo):
+    quantize.main(str(DEMO), str(tmp_path / "new" / "demo_int8"))
+    again = LLaMA.build(tmp_path / "new" / "demo_int8", device="cpu")
+    assert again.generate(["The king"], 20, seed=3) == demo.generate(["The king"], 20, seed=3)
+    assert bytes_of(tmp_path / "new" / "demo_int8") < bytes_of(DEMO) * 2 / 3
+
+
+def bytes_of(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.pth"))
+
+
+def test_names_are_those_of_bitsandbytes(make_folder):
+    folder, params, weights = make_folder(2)
+    out = save(folder)
+    saved = {}
+    for path in sorted(out.glob("*.pth")):
+        saved |= torch.load(path, mmap=True, weights_only=True)
+    path = "layers.1.feed_forward.w2"
+    weight = weights[f"{path}.weight"]
+    layer = bnb.nn.Linear8bitLt(*weight.T.shape, bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": weight})
+    of_layer = layer.to("cpu").state_dict()
+    assert set(of_layer) == {"weight", "SCB", "weight_format"}
+    for name, value in of_layer.items():
+        assert torch.equal(saved[f"{path}.{name}"], value), name
+    assert json.loads((out / "params.json").read_text()) == params | {"int8_format": 1}
+
+
+def test_the_tokenizer_comes_along(make_folder, tmp_path):
+    folder, _, _ = make_folder(1)
+    (folder / "tokenizer.model").rename(tmp_path / "elsewhere.model")
+    out = save(folder, tokenizer_path=str(tmp_path / "elsewhere.model"))
+    assert (out / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
+
+
+# Each spoils a folder in the saved form.
+def newer_format(out):
+    params = json.loads((out / "params.json").read_text())
+    (out / "params.json").write_text(json.dumps(params | {"int8_format": 2}))
+
+
+def layer_missing(out):
+    (out / "consolidated.03.pth").unlink()
+
+
+def layer_missing_between(out):
+    (out / "consolidated.01.pth").unlink()
+
+
+def layer_twice(out):
+    shutil.copy(out / "consolidated.01.pth", out / "consolidated.02.pth")
+
+
+def other_layout(out):
+    change(out, "layers.0.attention.wq.weight_format", lambda x: x + 1)
+
+
+def scales_missing(out):
+    shard = torch.load(out / "consolidated.01.pth")
+    del shard["layers.0.attention.wq.SCB"]
+    torch.save(shard, out / "consolidated.01.pth")
+
+
+def half_precision_codes(out):
+    change(out, "layers.0.attention.wq.weight", torch.Tensor.half)
+
+
+def short_scales(out):
+    change(out, "layers.0.attention.wq.SCB", lambda x: x[:-1].clone())
+
+
+def change(out, name, function):
+    shard = torch.load(out / "consolidated.01.pth")
+    shard[name] = function(shard[name])
+    torch.save(shard, out / "consolidated.01.pth")
+
+
+FAULTS = {
+    newer_format: "params.json is of int8 format 2, this program reads 1: take a newer one",
+    layer_missing: "the int8 files and params.json do not belong .* missing norm.weight, output",
+    layer_missing_between: "but not consolidated.01.pth: fetch the missing",
+    layer_twice: "consolidated.02.pth holds layers.0.*again: quantize the model again",
+    other_layout: r"wq.weight_format is not 0 \(by rows\): quantize the model again",
+    scales_missing: "missing layers.0.attention.wq.SCB, left over nothing",
+    half_precision_codes: "consolidated.01.pth is torch.float16, expected torch.int8",
+    short_scales: r"wq.SCB in consolidated.01.pth is \(63,\), but by params.json 1 shard asks for",
+}
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=lambda f: f.__name__)
+def test_faults_are_one_sentence(make_folder, spoil):
+    out = save(make_folder()[0])
+    spoil(out)
+    with pytest.raises((ValueError, OSError), match=FAULTS[spoil]) as caught:
+        LLaMA.build(out, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_fp16_cannot_come_back(make_folder):
+    out = save(make_folder()[0])
+    with pytest.raises(ValueError, match="tiny_int8 holds int8 weights, but use_int8 is False"):
+        LLaMA.build(out, device="cpu", use_int8=False)
+
+
+def test_what_is_refused_before_anything_is_written(make_folder, monkeypatch):
+    folder, _, _ = make_folder()
+    out = save(folder)
+    with pytest.raises(FileExistsError, match="tiny_int8 is there already: pass an --out_dir"):
+        save(folder)
+    with pytest.raises(ValueError, match="tiny_int8 holds int8 weights already"):
+        save(out)
+    shutil.rmtree(out)
+    free = shutil.disk_usage(folder)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OSError, match="form needs .* MiB, .* has 0.1 MiB free: make room there"):
+        save(folder)
+    assert os.listdir(folder.parent) == ["tiny"]
+
+
+def test_disk_full(make_folder):
+    """A limit on the size of files, met within the first layer, in a process of its own."""
+    folder, _, _ = make_folder()
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))\n"
+    code += "from llama.cli import run; from llama.quantize import main; run(main)"
+    command = [sys.executable, "-c", code, f"--ckpt_dir={folder}", f"--out_dir={folder}_int8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=DEMO.parents[1])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: {unfinished(folder)}/consolidated.0"), error
+    assert "could not be written" in error and "File too large" in error
+    assert os.listdir(folder.parent) == ["tiny"]
+
+
+def test_ctrl_c(make_folder, monkeypatch):
+    folder, _, _ = make_folder()
+
+    def interrupt(*_):
+        assert unfinished(folder).is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write", interrupt)
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        save(folder)
+    assert os.listdir(folder.parent) == ["tiny"] and torch.get_num_threads() == threads
+
+
+def test_a_killed_process_leaves_no_model_and_the_next_one_replaces_it(make_folder):
+    folder, _, _ = make_folder()
+    code = "import sys, time\nfrom llama import checkpoint, quantize\nwrite = checkpoint.write\n"
+    code += "def slow(*a): write(*a); time.sleep(60)\n"
+    code += "checkpoint.write = slow\nquantize.main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(folder), f"{folder}_int8"]
+    process = subprocess.Popen(command, cwd=DEMO.parents[1], stderr=subprocess.DEVNULL)
+    first = unfinished(folder) / "consolidated.00.pth"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert sorted(os.listdir(folder.parent)) == ["tiny", "tiny_int8.unfinished"]
+    with pytest.raises(FileNotFoundError, match="no params.json in"):
+        LLaMA.build(unfinished(folder), device="cpu")
+    assert torch.equal(logits(save(folder)), logits(folder))
+    assert sorted(os.listdir(folder.parent)) == ["tiny", "tiny_int8"]
