@@ -11,7 +11,7 @@ from dataclasses import replace
 from json import JSONDecodeError, dumps, loads
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llama.checkpoint import size
 from llama.cli import read_text, run

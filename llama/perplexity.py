@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llama.cli import read_text, run
 from llama.generation import ENGINES, LLaMA
