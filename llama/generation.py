@@ -132,8 +132,12 @@ class LLaMA:
         args, device = self.model.args, self.model.tok_embeddings.weight.device
         limits = [min(settings.max_gen_len, args.max_seq_len - len(ids)) for ids in prompt_ids]
         rows = [Continuation(self.tokenizer, *of, settings.stop) for of in zip(prompt_ids, limits)]
-        # Log-probability of the token at each position (B, S).
-        chosen = torch.zeros(len(rows), args.max_seq_len, device=device) if logprobs else None
+        chosen = None
+        if (
+            logprobs
+        ):  # of the token at each position (B, S); rows that have ended fill a last column
+            shape = len(rows), args.max_seq_len + 1
+            chosen = torch.zeros(shape, dtype=torch.float32, device=device)
 
         penalty = (
             settings.repetition_penalty,
@@ -147,7 +151,7 @@ class LLaMA:
             token = sample(likely, settings.temperature, settings.top_p, uniform, **draw)
             if chosen is not None:
                 every = logits.log_softmax(-1)
-                place = lengths.clamp(max=args.max_seq_len - 1)  # rows that have ended go on
+                place = lengths.clamp(max=args.max_seq_len)
                 picked = every.gather(-1, token.clamp(min=0)[:, None])
                 chosen.scatter_(1, place[:, None], picked)
             return token

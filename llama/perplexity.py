@@ -122,7 +122,8 @@ def main(
     print("|---|---|---|---|---|")
     print(f"| {reference} | {shown(-logprobs[reference], '{:.3f}', math.exp)} | | | |", flush=True)
     llm = LLaMA.build(ckpt_dir, tokenizer_path, **options)
-    for engine in ENGINES if on.type == "cuda" else ENGINES[:1]:
+    both = on.type == "cuda" and llm.engine == ENGINES[0]  # what runs there
+    for engine in ENGINES if both else [llm.engine]:
         llm.engine = engine
         name = f"int8, {engine}" if on.type == "cuda" else "int8"
         found, divergence, same = [], [], []

@@ -111,6 +111,17 @@ def test_logprobs_are_those_of_one_prefill(demo_float):
         assert scores[len(ids) - 1 :] == pytest.approx(row.logprobs, abs=1e-3)
 
 
+def test_logprobs_of_a_row_that_ends_at_max_seq_len(make_folder):
+    """While its neighbour goes on."""
+    llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu", use_int8=False)
+    prompts = ["The king and his queen", "A"]
+    *_, rows = llm.steps(prompts, Settings(16, seed=1), logprobs=True)
+    assert len(rows[0].ids) < len(rows[1].ids)
+    for row in rows:
+        scores = scores_of(llm, row.prompt_ids + row.ids)
+        assert scores[len(row.prompt_ids) - 1 :] == pytest.approx(row.logprobs, abs=1e-3)
+
+
 def scores_of(llm, ids):
     every = torch.cat(list(llm.logits(ids[:-1]))).log_softmax(-1)
     return every.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
