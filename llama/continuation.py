@@ -19,7 +19,8 @@ class Continuation:
         self.finish_reason: str | None = None  # "stop", "length" or "eos"; None: it goes on
         self._said: list[str] = []
         self._held = ""  # text that may begin a stop string
-        self._before = prompt_ids  # ids that make the next ones' text right: a leading space, say
+        # Ids that make the next ones' text right (a leading space, say), and how long theirs is.
+        self._before, self._skip = prompt_ids, len(tokenizer.decode(prompt_ids))
         self._decoded = self._read = 0  # how many of ids, of _said
 
     @property
@@ -45,11 +46,14 @@ class Continuation:
         new = self.ids[self._decoded :]
         if self.finish_reason is None:
             new = new[: len(new) - self.tokenizer.unfinished(new)]
-        self._decoded += len(new)
-        decode = self.tokenizer.decode
-        self._held += decode(self._before + new)[len(decode(self._before)) :]
-        # Only ids that have a text of their own keep the next one's leading space.
-        self._before = new if decode(new) else self._before + new
+        if new:
+            self._decoded += len(new)
+            text, alone = (self.tokenizer.decode(ids) for ids in (self._before + new, new))
+            self._held += text[self._skip :]
+            if alone:
+                self._before, self._skip = new, len(alone)
+            else:  # what has no text of its own does not keep the next one's leading space
+                self._before, self._skip = self._before + new, len(text)
 
         end = len(self._held)
         if found := [place for stop in self.stop if (place := self._held.find(stop)) >= 0]:
