@@ -65,6 +65,8 @@ def read(
     module = sys.modules["__main__"].__spec__  # None for a script
     name = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     arguments = tidy(arguments, flags)
+    if {"--help", "-h"} & set(arguments):
+        arguments = ["--help"]  # fire would show the other flags in it
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     said = io.StringIO()
     try:

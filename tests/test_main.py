@@ -155,7 +155,7 @@ def test_interactive_goes_on_after_ctrl_c_and_mistakes():
     assert b"Traceback" not in rest and rest.startswith(b"error: prompt 1 holds half a character")
 
 
-@pytest.mark.parametrize("command", [["-m", "llama"], ["example.py"]], ids=str)
+@pytest.mark.parametrize("command", [["-m", "llama", "--seed=1"], ["example.py"]], ids=str)
 def test_help_has_a_sentence_and_the_default_of_every_flag(command):
     done = subprocess.run(
         [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT
