@@ -22,7 +22,17 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # CUDA builds of torch bring triton; on a CPU it is for the tests, which interpret kernels.
-        "test": ["pytest>=8", "numpy>=2", "ruff==0.17.6", "triton>=3.6; sys_platform == 'linux'"],
+        "plot": ["matplotlib>=3.9"],  # the picture of llama.perplexity
+        "test": [
+            "pytest>=8",
+            "numpy>=2",
+            "ruff==0.17.6",
+            # CUDA builds of torch bring triton; on a CPU it is for interpreting kernels.
+            "triton>=3.6; sys_platform == 'linux'",
+            "matplotlib>=3.9",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+            "ray[data]>=2.40",
+        ],
     },
 )

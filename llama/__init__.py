@@ -2,6 +2,7 @@
 
 from llama.generation import LLaMA
 from llama.model import ModelArgs, Transformer
+from llama.settings import Settings
 from llama.tokenizer import Tokenizer
 
-__all__ = ["LLaMA", "ModelArgs", "Tokenizer", "Transformer"]
+__all__ = ["LLaMA", "ModelArgs", "Settings", "Tokenizer", "Transformer"]

@@ -1,49 +1,47 @@
 """How do the commands behave on a command line?
 
-Fire runs a program before it finds that a flag is misspelt; here nothing runs until all are
-understood. What a user can get wrong is one line on stderr and exit status 1, without a traceback.
+Flags are the parameters that a docstring describes under `Args:`. Fire runs a program before it
+finds that a flag is misspelt; here nothing runs until all are understood, and text is taken as it
+stands (fire makes a number of 13). What a user can get wrong is one line on stderr and exit status
+1, without a traceback.
 """
 
 import contextlib
 import difflib
-import functools
-import inspect
 import io
-import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature, getdoc, signature
+from pathlib import Path
+from typing import Any, get_args
 
 import fire
 
+Flags = Mapping[str, Parameter]
 
-def run(command: Callable[..., None]) -> None:
-    """Calls command with the flags of the command line."""
-    parameters = inspect.signature(command).parameters
-    check_flags(sys.argv[1:], parameters)
-    calls = []
 
-    @functools.wraps(command)
-    def record(*args, **kwargs):
-        calls.append((args, kwargs))
-
-    text = [p.name for p in parameters.values() if p.annotation in (str, str | None)]
-    fire.decorators.SetParseFns(**dict.fromkeys(text, str))(record)  # a folder may be called 13
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    said = io.StringIO()
+def run(command: Callable[..., None], **groups: Callable) -> None:
+    """Calls command with the flags of the command line. The parameters of a group, a function or a
+    class, are flags too: command gets those that were given as a dict of the group's name. Of two
+    flags of one name, command's own counts."""
+    own = signature(command).parameters
+    flags, sentences = {}, {}
+    for source in (command, *groups.values()):
+        for about in fire.docstrings.parse(getdoc(source)).args:
+            if about.name not in flags:
+                flags[about.name] = signature(source).parameters[about.name]
+                sentences[about.name] = about.description
+    if groups:  # whose order means nothing
+        flags = {name: p.replace(kind=Parameter.KEYWORD_ONLY) for name, p in flags.items()}
+    given = read(sys.argv[1:], flags, getdoc(command).split("\nArgs:")[0], sentences)
+    for group, function in groups.items():
+        names = [n for n in given if n in signature(function).parameters and n not in own]
+        given[group] = {name: given.pop(name) for name in names}
     try:
-        with contextlib.redirect_stderr(said):
-            fire.Fire(record)
-    except fire.core.FireExit as exit:
-        if exit.code == 0:  # --help
-            print(said.getvalue())
-            sys.exit(0)
-        fail(said.getvalue().splitlines()[0].removeprefix("ERROR: ") + " (see --help)")
-    try:
-        for args, kwargs in calls:
-            command(*args, **kwargs)
-            sys.stdout.flush()
+        command(**given)
+        sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on: head -1, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
@@ -52,24 +50,83 @@ def run(command: Callable[..., None]) -> None:
         fail("interrupted", 130)
 
 
-def check_flags(arguments: list[str], parameters: Mapping[str, inspect.Parameter]) -> None:
-    names = list(parameters)
-    initials = [name[0] for name in names]
-    short = [initial for initial in initials if initials.count(initial) == 1]
-    known = [*names, *(f"no{name}" for name in names), *short, "help", "h"]
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
-        flag = re.match(r"--?([a-z][\w-]*)", argument, re.I)
+def read(
+    arguments: list[str], flags: Flags, summary: str, sentences: Mapping[str, str]
+) -> dict[str, Any]:
+    """The flags that were given and their values; prints the help where it is asked for."""
+    given = {}
+
+    def record(*args, **kwargs):
+        given.update(record.__signature__.bind(*args, **kwargs).arguments)
+
+    about = [f"    {name}: {sentence}" for name, sentence in sentences.items()]
+    record.__doc__ = "\n".join([summary, "", "Args:", *about])
+    record.__signature__ = Signature(list(flags.values()))
+    module = sys.modules["__main__"].__spec__  # None for a script
+    name = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+    arguments = tidy(arguments, flags)
+    if {"--help", "-h"} & set(arguments):
+        arguments = ["--help"]  # fire would show the other flags in it
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            fire.Fire(record, arguments, name)
+    except fire.core.FireExit as exit:
+        if exit.code == 0:  # --help
+            print(said.getvalue().partition("\n\n")[2].replace(f"'{name}'", f"{name}"))
+            sys.exit(0)
+        fail(said.getvalue().splitlines()[0].removeprefix("ERROR: ") + " (see --help)")
+    for name, value in given.items():
+        if flags[name].annotation is bool and not isinstance(value, bool):
+            fail(f"{name} is {value!r}, expected True or False")
+    return given
+
+
+def tidy(arguments: list[str], flags: Flags) -> list[str]:
+    """The arguments as fire cannot mistake them: each flag with its value in one, text in quotes,
+    the texts of a flag that may be repeated in one list."""
+    short = {name[0]: name for name in flags if sum(n[0] == name[0] for n in flags) == 1}
+    known = [*flags, *(f"no{name}" for name in flags), "help", "h"]
+    tidied, lists, words = [], {}, iter(arguments)
+    for word in words:
+        flag = re.match(r"--?([a-z][\w-]*)(?:=(.*))?", word, re.I | re.S)
         if flag is None:
+            tidied.append(word)
             continue
-        name = flag[1].replace("-", "_")
-        if name in names and "=" not in argument and following.startswith("--"):
-            if parameters[name].annotation is not bool:
+        name, value = flag[1].replace("-", "_"), flag[2]
+        name = short.get(name, name)
+        if name not in known:
+            near = difflib.get_close_matches(name, flags, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "see --help"
+            fail(f"unknown flag --{name}: {hint}")
+        kind = flags[name].annotation if name in flags else bool
+        if kind is bool:
+            tidied.append(word)
+            continue
+        if value is None:
+            value = next(words, "--")
+            if value.startswith("--"):
                 fail(f"--{name} has no value: write --{name}=VALUE")
-        if name in known:
-            continue
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "see --help"
-        fail(f"unknown flag --{name}: {hint}")
+        if kind == list[str]:
+            lists.setdefault(name, []).append(value)
+        else:
+            is_text = str in (kind, *get_args(kind))
+            tidied.append(f"--{name}={value!r}" if is_text else f"--{name}={value}")
+    return tidied + [f"--{name}={values!r}" for name, values in lists.items()]
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of standard input for -."""
+    file = Path(path).expanduser()
+    if path != "-" and not file.is_file():
+        found = "is a folder" if file.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {found}: pass a text file, or - for standard input")
+    content = sys.stdin.buffer.read() if path == "-" else file.read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from None
 
 
 def fail(message: str, status: int = 1) -> None:

@@ -24,7 +24,7 @@ class Fused:
         args, B, device = model.args, cache.batch, cache.k.device
         self.model, self.cache = model, cache
         self.layers = [[join(group) for group in layer.linears()] for layer in model.layers]
-        self.head = join([model.output])
+        self.output = join([model.output])
         half = {"dtype": torch.float16, "device": device}
         self.qkv = torch.empty(B, len(self.layers[0][0][1]), device=device)
         self.heads = torch.empty(B, args.dim, **half)
@@ -38,12 +38,23 @@ class Fused:
     def prefill(self, tokens: Tensor, row: int) -> Tensor:
         """Float32 logits (1, V) of what follows tokens (T,), sequence `row` from its beginning."""
         norm = self.model.norm.weight, self.model.norm.eps
-        last = self._features(tokens, row)[-1:]
+        last = self.features(tokens, row)[-1:]
         logits = torch.empty_like(self.logits[:1])
-        kernels.linear(last, *self.head, logits, "store", self.parts, norm)
+        kernels.linear(last, *self.output, logits, "store", self.parts, norm)
         return logits
 
-    def _features(self, tokens: Tensor, row: int) -> Tensor:
+    def head(self, features: Tensor) -> Tensor:
+        """Float32 logits (T, V) of what follows each of some tokens."""
+        norm, (T, D) = self.model.norm, features.shape
+        room = kernels.quant_room(T, D, features.device)
+        codes = kernels.vectorwise_quant(
+            features, OUTLIER_THRESHOLD, room, "rms_norm", norm.weight, norm.eps
+        )
+        logits = torch.empty(T, len(self.output[1]), device=features.device)
+        kernels.mixed_scaled_mm(*codes, *self.output, logits, "store")
+        return logits
+
+    def features(self, tokens: Tensor, row: int) -> Tensor:
         """The residual stream (T, D) float32 after all layers; fills the cache."""
         args, rotation, (T, device) = (
             self.model.args,
@@ -95,5 +106,5 @@ class Fused:
             kernels.linear(residual, *w13, self.hidden, "swiglu", parts, norm)
             kernels.linear(self.hidden, *w2, residual, "add", parts)
         norm = model.norm.weight, eps
-        kernels.linear(residual, *self.head, self.logits, "store", parts, norm)
+        kernels.linear(residual, *self.output, self.logits, "store", parts, norm)
         return self.logits

@@ -1,29 +1,34 @@
 """How does it talk?
 
 `LLaMA` joins a model and its tokenizer: `build` is the one place where the parts are wired,
-`generate` continues prompts. Prompts of different lengths share a batch without padding: each is
-prefilled alone and whole, then all rows decode together, each from its own position.
+`generate` and `stream` continue prompts, `score` says how likely a text is. Prompts of different
+lengths share a batch without padding: each is prefilled alone and whole, then all rows decode
+together, each from its own position.
 """
 
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama import checkpoint, room
+from llama.continuation import Continuation
 from llama.graph import captured
 from llama.int8 import Int8Linear
-from llama.model import KVCache, Transformer, check
+from llama.model import KVCache, Transformer
 from llama.sampling import NOT_FINITE, penalize, sample
+from llama.settings import Settings, takes
 from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 ENGINES = ("triton", "bnb")
 MOST_FUSED_ROWS = 32  # more are a matter of arithmetic, not of reading weights
+POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
 
 
 class LLaMA:
@@ -45,12 +50,18 @@ class LLaMA:
     ) -> "LLaMA":
         """Loads a model folder in Meta's format; without a folder, the small demo model.
 
-        A tokenizer not given is looked for in the folder and beside it. use_int8=False keeps the
-        weights in fp16 (float32 on the CPU). The device is CUDA if there is any. engine="bnb" takes
-        bitsandbytes' product for decoding too. Prompts given here are checked before the weights
-        are loaded, not kept. Progress goes to stderr. OSError, ValueError, MemoryError or
-        ImportError say in one sentence what is wrong, before anything long starts where that can
-        be.
+        Prompts given here are checked before the weights are loaded, not kept. Progress goes to
+        stderr. OSError, ValueError, MemoryError or ImportError say in one sentence what is wrong,
+        before anything long starts where that can be.
+
+        Args:
+            ckpt_dir: model folder in Meta's format (the demo model if not given)
+            tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
+            max_seq_len: longest sequence, prompt and continuation, in tokens
+            max_batch_size: most prompts continued at once
+            use_int8: False keeps the weights in fp16 (float32 on the CPU)
+            device: cuda, cuda:1 or cpu (CUDA if there is any)
+            engine: triton, or bnb to decode with bitsandbytes' product, the reference
         """
         if not isinstance(use_int8, bool):
             raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
@@ -79,68 +90,134 @@ class LLaMA:
             ) from None
         return LLaMA(model, tokenizer, engine)
 
-    def generate(
-        self,
-        prompts: list[str],
-        max_gen_len: int,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        repetition_penalty: float = 1.0,
-        repetition_penalty_range: int = 1024,
-        repetition_penalty_slope: float = 0.0,
-        seed: int | None = None,
-    ) -> list[str]:
-        """Each prompt with its continuation of at most max_gen_len tokens, in order.
+    @takes(Settings)
+    def generate(self, prompts: list[str], settings: Settings) -> list[str]:
+        """Each prompt with its continuation, in order.
 
-        A row ends at the model's end-of-text token or when prompt and continuation fill
-        max_seq_len. Temperature 0 is greedy; `sampling` has the formulas. A seed gives the same
-        text again for the same prompt in the same place of the list, whatever else is in it.
+        A row ends at the model's end-of-text token, before a stop string, after max_gen_len tokens
+        or when prompt and continuation fill max_seq_len. A seed gives the same text again for the
+        same prompt in the same place of the list, whatever else is in it.
 
         ValueError for a setting out of range, a prompt longer than max_seq_len or more prompts than
         max_batch_size; MemoryError if the sequences do not fit; FloatingPointError if the model
         computes logits that are not finite.
         """
-        check_settings(
-            max_gen_len,
-            temperature,
-            top_p,
-            repetition_penalty,
-            repetition_penalty_range,
-            repetition_penalty_slope,
-            seed,
-        )
+        *_, rows = self.steps(prompts, settings)
+        return [prompt + row.text for prompt, row in zip(prompts, rows)]
+
+    @takes(Settings)
+    def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
+        """The continuation of one prompt in pieces, as they come. Joined they are what `generate`
+        adds to the prompt; none is part of a character or taken back. Errors as there."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is {prompt!r:.60}, expected a string")
+        steps = self.steps([prompt], settings)
+        return (piece for [row] in steps if (piece := row.read()))
+
+    def steps(
+        self, prompts: list[str], settings: Settings, logprobs: bool = False
+    ) -> Iterator[list[Continuation]]:
+        """The rows of the prompts, the same list after each step and once more when all have
+        finished; logprobs: with those of the generated tokens, in the end. Errors as `generate`,
+        those of settings and prompts at once."""
         prompt_ids = encode(prompts, self.tokenizer, self.model.args.max_seq_len)
         if len(prompts) > self.model.args.max_batch_size:
             raise ValueError(
                 f"{len(prompts)} prompts, max_batch_size is {self.model.args.max_batch_size}: "
                 "pass fewer at once or raise max_batch_size"
             )
+        return self._steps(prompt_ids, settings, logprobs)
+
+    def _steps(
+        self, prompt_ids: list[list[int]], settings: Settings, logprobs: bool
+    ) -> Iterator[list[Continuation]]:
+        args, device = self.model.args, self.model.tok_embeddings.weight.device
+        limits = [min(settings.max_gen_len, args.max_seq_len - len(ids)) for ids in prompt_ids]
+        rows = [Continuation(self.tokenizer, *of, settings.stop) for of in zip(prompt_ids, limits)]
+        chosen = None
+        # Of the token at each position (B, S); rows that have ended fill a last column.
+        if logprobs:
+            shape = len(rows), args.max_seq_len + 1
+            chosen = torch.zeros(shape, dtype=torch.float32, device=device)
+
+        penalty = (
+            settings.repetition_penalty,
+            settings.repetition_penalty_range,
+            settings.repetition_penalty_slope,
+        )
+        draw = {"top_k": settings.top_k, "min_p": settings.min_p}
 
         def choose(logits: Tensor, tokens: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
-            if repetition_penalty != 1:
-                logits = penalize(
-                    logits,
-                    tokens,
-                    lengths,
-                    repetition_penalty,
-                    repetition_penalty_range,
-                    repetition_penalty_slope,
-                )
-            return sample(logits, temperature, top_p, uniform)
+            likely = penalize(logits, tokens, lengths, *penalty) if penalty[0] != 1 else logits
+            token = sample(likely, settings.temperature, settings.top_p, uniform, **draw)
+            if chosen is not None:
+                every = logits.log_softmax(-1)
+                place = lengths.clamp(max=args.max_seq_len)
+                picked = every.gather(-1, token.clamp(min=0)[:, None])
+                chosen.scatter_(1, place[:, None], picked)
+            return token
 
-        new_ids: list[list[int]] = [[] for _ in prompts]
+        stopped: set[int] = set()
         try:
-            for step in self._decode(prompt_ids, max_gen_len, choose, seed):
-                for row, token in step.items():
-                    new_ids[row].append(token)
+            for step in self._decode(
+                prompt_ids, settings.max_gen_len, choose, settings.seed, stopped
+            ):
+                for i, token in step.items():
+                    rows[i].ids.append(token)
+                    if settings.stop:
+                        rows[i].listen()
+                        if rows[i].finish_reason:
+                            stopped.add(i)
+                yield rows
         except torch.OutOfMemoryError:
-            raise MemoryError(self._too_big(prompt_ids, max_gen_len)) from None
-        return [p + self._continuation(*ids) for p, *ids in zip(prompts, prompt_ids, new_ids)]
+            raise MemoryError(self._too_big(prompt_ids, settings.max_gen_len)) from None
+        for i, row in enumerate(rows):
+            row.finish()
+            if chosen is not None:
+                first = len(row.prompt_ids)
+                row.logprobs = chosen[i, first : first + len(row.ids)].tolist()
+        yield rows
 
-    def _continuation(self, prompt_ids: list[int], new_ids: list[int]) -> str:
-        """Text of new_ids where they stand: a first piece's leading space is part of it."""
-        before = self.tokenizer.decode(prompt_ids)
-        return self.tokenizer.decode(prompt_ids + new_ids)[len(before) :]
+    def score(self, texts: list[str]) -> list[list[float]]:
+        """The log-probability of each token of each text: one for each of
+        `tokenizer.encode(text, bos=False, eos=False)`, given the tokens before it, in nats.
+
+        Each text takes one prefill. ValueError for one longer than max_seq_len, FloatingPointError
+        and MemoryError as `generate`.
+        """
+        scores = []
+        for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
+            scores.append([])
+            following = torch.tensor(ids[1:], device="cpu").split(POSITIONS)
+            for tokens, logits in zip(following, self.logits(ids[:-1])):
+                every = logits.log_softmax(-1)
+                scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
+        return scores
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Iterator[Tensor]:
+        """Float32 logits of what follows each of ids, in order: (n, V), at most POSITIONS at once,
+        from one prefill."""
+        if not ids:
+            return
+        weight = self.model.tok_embeddings.weight
+        tokens = torch.tensor(ids, device=weight.device)
+        try:
+            fused = self._fused(KVCache(self.model.args, 1, len(ids), weight))
+            features = fused.features(tokens, 0) if fused else self.model.features(tokens[None])[0]
+            head = fused.head if fused else self.model.output
+            for part in features.split(POSITIONS):
+                logits = head(part).float()
+                if not logits.isfinite().all():
+                    raise FloatingPointError(
+                        "the model computed logits that are not finite: the weights are damaged or "
+                        "overflow fp16"
+                    )
+                yield logits
+        except torch.OutOfMemoryError:
+            raise MemoryError(
+                f"{weight.device} ran out of memory over a text of {len(ids)} tokens: shorten it"
+            ) from None
 
     @torch.inference_mode()
     def _decode(
@@ -149,8 +226,10 @@ class LLaMA:
         max_gen_len: int,
         choose: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
         seed: int | None,
+        stopped: Set[int] = frozenset(),
     ) -> Iterator[dict[int, int]]:
-        """Yields for each step the new token of every row that is still going."""
+        """Yields for each step the new token of every row that is still going. The caller may put
+        a row in stopped to end it."""
         model, eos_id = self.model, self.tokenizer.eos_id
         weight = model.tok_embeddings.weight
         lengths = [len(ids) for ids in prompt_ids]
@@ -194,10 +273,16 @@ class LLaMA:
         choose_next()
         if capture and steps > 1:
             advance = captured(advance, [tokens, length, count, chosen, logits])
-        for step in range(steps):
-            if step > 0:
-                advance()
-            ids = chosen.tolist()
+        reads = deque()
+        behind = 1 if capture else 0  # a graph's next step runs while the host reads its last
+        for step in range(-behind, steps):
+            if step + behind < steps:
+                if step + behind > 0:
+                    advance()
+                reads.append(fetch(chosen))
+            if step < 0:
+                continue
+            ids = reads.popleft()()
             if any(ids[row] == NOT_FINITE for row in going):
                 raise FloatingPointError(
                     f"the model computed logits that are not finite at token {step + 1} of the "
@@ -205,6 +290,7 @@ class LLaMA:
                 )
             going = {row for row in going if ids[row] != eos_id and lengths[row] + step < ends[row]}
             yield {row: ids[row] for row in going}
+            going -= stopped
             if not going:
                 return
 
@@ -212,10 +298,7 @@ class LLaMA:
         """What computes logits (1, V) from the tokens (T,) of a prompt and its row, what computes
         logits (B, V) from tokens (B,) at positions (B,), and whether a CUDA graph can hold that:
         bitsandbytes' product cannot, it asks the host for the outliers."""
-        model, cuda = self.model, cache.k.is_cuda
-        int8 = isinstance(model.output, Int8Linear)
-        head_dim = model.args.head_dim
-        power_of_2 = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+        model, fused = self.model, self._fused(cache)
 
         def prefill(tokens: Tensor, row: int) -> Tensor:
             return model(tokens[None], 0, cache.row(row))
@@ -223,14 +306,22 @@ class LLaMA:
         def step(tokens: Tensor, positions: Tensor) -> Tensor:
             return model(tokens[:, None], positions, cache)
 
-        if not (int8 and cuda and self.engine == "triton" and power_of_2):
-            return prefill, step, cuda and not int8
-        from llama.fused import Fused  # Triton comes with torch's CUDA build alone
-
-        fused = Fused(model, cache)
+        if fused is None:
+            return prefill, step, cache.k.is_cuda and not isinstance(model.output, Int8Linear)
         if cache.batch > MOST_FUSED_ROWS:
             return fused.prefill, step, False
         return fused.prefill, fused.step, True
+
+    def _fused(self, cache: KVCache):
+        """A `fused.Fused` where our kernels run, else None."""
+        head_dim = self.model.args.head_dim
+        int8 = isinstance(self.model.output, Int8Linear)
+        power_of_2 = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+        if not (int8 and cache.k.is_cuda and self.engine == "triton" and power_of_2):
+            return None
+        from llama.fused import Fused  # Triton comes with torch's CUDA build alone
+
+        return Fused(self.model, cache)
 
     def _too_big(self, prompt_ids: list[list[int]], max_gen_len: int) -> str:
         args, weight = self.model.args, self.model.tok_embeddings.weight
@@ -244,6 +335,23 @@ class LLaMA:
         )
 
 
+def fetch(values: Tensor) -> Callable[[], list[int]]:
+    """Starts the way of values (B,) to the host; what it returns waits for them."""
+    if not values.is_cuda:
+        ids = values.tolist()
+        return lambda: ids
+    there = torch.empty_like(values, device="cpu", pin_memory=True)
+    there.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return there.tolist()
+
+    return wait
+
+
 def forget(error: BaseException | None) -> None:
     """Lets go of what the frames of an error hold, a model half loaded: a notebook keeps the error
     until the next one. What torch's pool then has free goes back to the driver."""
@@ -253,42 +361,29 @@ def forget(error: BaseException | None) -> None:
     torch.cuda.empty_cache()  # does nothing where CUDA was not started
 
 
-def check_settings(
-    max_gen_len: int,
-    temperature: float,
-    top_p: float,
-    repetition_penalty: float,
-    repetition_penalty_range: int,
-    repetition_penalty_slope: float,
-    seed: int | None,
-) -> None:
-    """ValueError for a setting of `generate` that is out of range."""
-    check("max_gen_len", max_gen_len, int, 1, 2**31)
-    check("temperature", temperature, float, 0, 1e6)
-    check("top_p", top_p, float, 0, 1)
-    check("repetition_penalty", repetition_penalty, float, 0.01, 100)
-    check("repetition_penalty_range", repetition_penalty_range, int, 1, 2**31)
-    check("repetition_penalty_slope", repetition_penalty_slope, float, 0, 1e6)
-    if seed is not None:
-        check("seed", seed, int, 0, 2**63 - 1)
-
-
-def encode(prompts: list[str], tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
-    """Ids of each prompt; ValueError for what is no text or too long."""
-    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"prompts is {prompts!r:.60}, expected a list of strings")
-    prompt_ids = []
-    for i, prompt in enumerate(prompts):
-        if re.search(r"[\ud800-\udfff]", prompt):
-            raise ValueError(f"prompt {i + 1} holds half a character (a lone surrogate): mend it")
-        ids = tokenizer.encode(prompt, bos=True, eos=False)
+def encode(
+    texts: list[str], tokenizer: Tokenizer, max_seq_len: int, called: str = "prompt"
+) -> list[list[int]]:
+    """Ids of each text, the beginning's included; ValueError for what is no text or too long."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{called}s is {texts!r:.60}, expected a list of strings")
+    text_ids = []
+    for i, text in enumerate(texts):
+        if re.search(r"[\ud800-\udfff]", text):
+            raise ValueError(f"{called} {i + 1} holds half a character (a lone surrogate): mend it")
+        ids = tokenizer.encode(text, bos=True, eos=False)
         if len(ids) > max_seq_len:
             raise ValueError(
-                f"prompt {i + 1} has {len(ids)} tokens, max_seq_len is {max_seq_len}: "
+                f"{called} {i + 1} has {len(ids)} tokens, max_seq_len is {max_seq_len}: "
                 "shorten it or raise max_seq_len"
             )
-        prompt_ids.append(ids)
-    return prompt_ids
+        text_ids.append(ids)
+    return text_ids
+
+
+def row_seed(seed: int, row: int) -> int:
+    """Of row 0 in a batch that begins with this row; those of neighbours are far apart."""
+    return (int(seed) + row * 0x9E3779B97F4A7C15) % 2**63
 
 
 def uniform_numbers(seed: int | None, rows: int, steps: int) -> Tensor:
@@ -298,7 +393,7 @@ def uniform_numbers(seed: int | None, rows: int, steps: int) -> Tensor:
     seed = generator.seed() if seed is None else seed
     numbers = []
     for row in range(rows):
-        generator.manual_seed((int(seed) + row * 0x9E3779B97F4A7C15) % 2**63)  # far apart
+        generator.manual_seed(row_seed(seed, row))
         numbers.append(torch.rand(steps, generator=generator, device="cpu"))
     return torch.stack(numbers)
 

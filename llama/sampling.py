@@ -1,4 +1,4 @@
-"""Logits (B, V) -> next token (B,): repetition penalty, temperature, top-p.
+"""Logits (B, V) -> next token (B,): repetition penalty, temperature, top-p, top-k, min-p.
 
 Everything stays on the device of the logits and nothing waits for the host. The randomness comes in
 as one uniform number a row, so a row's draw does not depend on its company.
@@ -10,11 +10,25 @@ from torch import Tensor
 NOT_FINITE = -1  # the token of a row whose logits are not all finite
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    uniform: Tensor,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> Tensor:
     """Temperature 0 takes the most likely token. Otherwise the draw is from softmax(logits /
-    temperature), cut to its nucleus: the smallest set of most likely tokens whose probabilities add
-    up to top_p or more (Holtzman et al. 2020, arXiv 1904.09751, section 3.1). uniform (B,) in
-    [0, 1) picks the token by inverting the cumulated probabilities, most likely first."""
+    temperature), among the tokens that pass all of these:
+
+    - top_p: the nucleus, the smallest set of most likely tokens whose probabilities add up to top_p
+      or more (Holtzman et al. 2020, arXiv 1904.09751, section 3.1)
+    - top_k, unless 0: the k most likely (Fan et al. 2018, arXiv 1805.04833, section 5.4)
+    - min_p: p >= min_p max(p) (Nguyen et al. 2024, arXiv 2407.01082, section 3)
+
+    uniform (B,) in [0, 1) picks the token by inverting the cumulated probabilities, most likely
+    first.
+    """
     finite = logits.isfinite().all(-1)
     if temperature == 0:
         token = logits.argmax(-1)
@@ -22,7 +36,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
         below_top = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
         probability, order = torch.softmax(below_top / temperature, -1).sort(-1, descending=True)
         before = probability.cumsum(-1) - probability
-        probability = probability.where(before < top_p, 0)
+        kept = before < top_p
+        if top_k:
+            kept[:, top_k:] = False
+        if min_p:
+            kept &= probability >= min_p * probability[:, :1]
+        probability = probability.where(kept, 0)
         cumulated = probability.cumsum(-1)
         picked = (cumulated < uniform[:, None] * cumulated[:, -1:]).sum(-1, keepdim=True)
         token = order.gather(-1, picked)[:, 0]

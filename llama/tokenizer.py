@@ -49,3 +49,15 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode(ids)
+
+    def unfinished(self, ids: list[int]) -> int:
+        """How many of the last ids are bytes of a character that lacks others."""
+        for n, id in enumerate(reversed(ids[-3:]), 1):
+            if not self._sp.is_byte(id):
+                return 0
+            byte = int(self._sp.id_to_piece(id)[1:-1], 16)  # <0xF0>
+            if byte < 0x80:
+                return 0
+            if byte >= 0xC0:  # begins a character of 2 bytes, from 0xE0 on 3, from 0xF0 on 4
+                return n if n < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
+        return 0

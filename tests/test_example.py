@@ -1,15 +1,13 @@
 """Does the script do for a user what the README says?"""
 
-import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-from llama import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +23,6 @@ def test_demo_prints_a_story_on_stdout_and_progress_on_stderr(tmp_path):
     done = run("--max_gen_len=30", "--seed=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time")
-    assert done.stdout.endswith("\n==================================\n\n")
     assert "Loaded demo in" in done.stderr and "Loaded" not in done.stdout
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
@@ -39,6 +36,16 @@ def test_meta_folder_with_tokenizer_beside_it(make_folder):
         done = run("-c", folder, *arguments, "--max_batch_size=1", "--max_gen_len=5")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("Once upon a time")
+
+
+def test_a_single_prompt_streams():
+    """The first words are there long before the last."""
+    command = [sys.executable, "-u", str(ROOT / "example.py"), "--device=cpu", "--seed=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.read(4) == b"Once"
+        process.stdout.read(60)
+        assert process.poll() is None
+        process.kill()
 
 
 def test_edited_prompts_run_in_batches(tmp_path):
@@ -82,12 +89,9 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1():
     ids=str,
 )
 def test_mistakes(arguments, message, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("example", ROOT / "example.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
     monkeypatch.setattr(sys, "argv", ["example.py", "--device=cpu", *arguments])
     with pytest.raises(SystemExit) as caught:
-        cli.run(example.main)
+        runpy.run_path(str(ROOT / "example.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert caught.value.code == 1 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1  # nothing was loaded
@@ -102,10 +106,3 @@ def test_a_start_does_not_import_torchs_compiler():
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_help_lists_every_flag():
-    done = run("--help")
-    assert done.returncode == 0
-    for flag in ("ckpt_dir", "max_gen_len", "use_int8", "repetition_penalty_slope", "seed"):
-        assert f"--{flag}" in done.stdout + done.stderr

@@ -1,9 +1,11 @@
 """Does it talk, and is each row what it would be alone?"""
 
+import inspect
+
 import pytest
 import torch
 
-from llama import LLaMA, generation
+from llama import LLaMA, Settings, generation
 
 PROMPTS = [
     "Once upon a time there was a little",
@@ -62,6 +64,98 @@ def test_decode_agrees_with_one_prefill_of_its_result(demo_float):
     assert logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist() == new_ids
 
 
+@pytest.mark.parametrize("stop", [[], ["the", "and a"]])
+def test_pieces_join_to_what_generate_returns(demo, stop):
+    for seed, prompt in enumerate((*PROMPTS, "", "A\N{FOX FACE}")):
+        settings = {"max_gen_len": 30, "seed": seed, "temperature": 1.5, "top_p": 1, "stop": stop}
+        [whole] = demo.generate([prompt], **settings)
+        assert prompt + "".join(demo.stream(prompt, **settings)) == whole
+
+
+def test_a_stream_that_is_left_leaves_the_model_as_it_was(demo):
+    expected = demo.generate(PROMPTS[:1], 20, seed=1)
+    next(demo.stream(PROMPTS[1], 20, seed=1))
+    one, two = (demo.stream(PROMPTS[0], 20, seed=1) for _ in range(2))
+    interleaved = [a + b for a, b in zip(one, two)]
+    assert demo.generate(PROMPTS[:1], 20, seed=1) == expected
+    assert len(interleaved) > 10
+
+
+def test_top_k_1_and_min_p_1_are_greedy(demo):
+    greedy = demo.generate(PROMPTS, 20, temperature=0)
+    for settings in ({"top_k": 1}, {"min_p": 1.0}):
+        assert demo.generate(PROMPTS, 20, temperature=2.0, seed=1, **settings) == greedy
+
+
+def test_signatures_show_each_setting():
+    """What a notebook shows, in the order and with the defaults that callers rely on."""
+    shown = str(inspect.signature(LLaMA.generate))
+    assert shown.startswith(
+        "(self, prompts: list[str], max_gen_len: int, temperature: float = 0.8, "
+        "top_p: float = 0.95, repetition_penalty: float = 1.0, "
+        "repetition_penalty_range: int = 1024, repetition_penalty_slope: float = 0.0, "
+        "seed: int | None = None, stop: list[str] = (), "
+    )
+    with pytest.raises(TypeError, match="missing a required argument: 'max_gen_len'"):
+        LLaMA.generate(None, ["a"])
+
+
+def test_logprobs_are_those_of_one_prefill(demo_float):
+    """Decoded step by step with a penalty, and scored at once without: the model's own."""
+    settings = Settings(40, temperature=1.0, repetition_penalty=1.3, seed=2)
+    *_, rows = demo_float.steps(PROMPTS, settings, logprobs=True)
+    for prompt, row in zip(PROMPTS, rows):
+        ids = demo_float.tokenizer.encode(prompt, bos=True, eos=False)
+        assert len(row.logprobs) == len(row.ids) == 40
+        scores = scores_of(demo_float, ids + row.ids)
+        assert scores[len(ids) - 1 :] == pytest.approx(row.logprobs, abs=1e-3)
+
+
+def test_logprobs_of_a_row_that_ends_at_max_seq_len(make_folder):
+    """While its neighbour goes on."""
+    llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu", use_int8=False)
+    prompts = ["The king and his queen", "A"]
+    *_, rows = llm.steps(prompts, Settings(16, seed=1), logprobs=True)
+    assert len(rows[0].ids) < len(rows[1].ids)
+    for row in rows:
+        scores = scores_of(llm, row.prompt_ids + row.ids)
+        assert scores[len(row.prompt_ids) - 1 :] == pytest.approx(row.logprobs, abs=1e-3)
+
+
+def scores_of(llm, ids):
+    every = torch.cat(list(llm.logits(ids[:-1]))).log_softmax(-1)
+    return every.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatch):
+    ids = [demo_float.tokenizer.encode(p, bos=True, eos=False) for p in PROMPTS]
+    expected = []
+    for row in ids:
+        with torch.no_grad():
+            logits = demo_float.model.output(demo_float.model.features(torch.tensor([row])))[0]
+        every = logits.double().log_softmax(-1)
+        expected.append([every[i, token].item() for i, token in enumerate(row[1:])])
+    for positions in (256, 3):
+        monkeypatch.setattr(generation, "POSITIONS", positions)
+        scores = demo_float.score(PROMPTS)
+        assert [len(s) for s in scores] == [len(row) - 1 for row in ids]
+        for got, want in zip(scores, expected):
+            assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_scores_of_empty_and_of_long_texts(make_folder):
+    llm = LLaMA.build(make_folder()[0], max_seq_len=600, device="cpu")
+    longest = "a" * 10000
+    while len(llm.tokenizer.encode(longest, True, False)) > 600:
+        longest = longest[: len(longest) * 9 // 10]
+    empty, long = llm.score(["", longest])
+    assert empty == [] and len(long) > 500 and max(long) < 0
+    with pytest.raises(ValueError, match="text 2 has .* tokens, max_seq_len is 600"):
+        llm.score(["a", "a " * 600])
+    with pytest.raises(ValueError, match="texts is 'one', expected a list of strings"):
+        llm.score("one")
+
+
 def test_penalty_prevents_repetition(demo):
     plain = demo.generate(["the the the the"], 40, temperature=0)[0].split()
     penalized = demo.generate(["the the the the"], 40, temperature=0, repetition_penalty=2.0)
@@ -99,6 +193,13 @@ def script(demo):
 
     yield install
     demo.model.output = head
+
+
+def test_stop_strings_end_a_row_and_the_call_when_all_have(demo, script):
+    script("was red, it is said. Nobody", "and his queen. Then she spoke")
+    results = demo.generate(["The fox", "The king"], 100, temperature=0, stop=["said", ". "])
+    assert results == ["The fox was red, it is ", "The king and his queen"]
+    assert demo.model.output.calls < 20
 
 
 def test_a_row_stops_at_eos_and_the_call_when_all_have(demo, script):
@@ -172,6 +273,10 @@ def test_no_prompts_no_results(demo):
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty_range": 0}, "repetition_penalty_range is 0"),
         ({"repetition_penalty_slope": -1}, "repetition_penalty_slope is -1"),
+        ({"stop": "The end"}, "stop is 'The end', expected a list of strings"),
+        ({"stop": ["a", ""]}, "stop is .'a', ''., expected a list of strings, none of them empty"),
+        ({"top_k": -1}, "top_k is -1, expected a whole number, from 0"),
+        ({"min_p": 1.5}, "min_p is 1.5, expected a number, from 0 to 1"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"prompts": "one string"}, "prompts is 'one string', expected a list of strings"),
@@ -187,6 +292,13 @@ def test_settings_out_of_range(demo, settings, message):
         demo.generate(**{"prompts": ["a"], "max_gen_len": 5} | settings)
 
 
+def test_stream_says_at_once_what_is_wrong(demo):
+    """Not at the first piece."""
+    for arguments in (["a", 0], [["a"], 5], ["b\ud800", 5], ["a " * 600, 5], ["a", 5, "hot"]):
+        with pytest.raises(ValueError):
+            demo.stream(*arguments)
+
+
 def test_logits_that_are_not_finite_raise(make_folder):
     """Weights that fp16 holds, but whose product float32 does not."""
     llm = LLaMA.build(make_folder()[0], device="cpu", use_int8=False)
@@ -194,6 +306,8 @@ def test_logits_that_are_not_finite_raise(make_folder):
         llm.model.norm.weight.fill_(3e38)
     with pytest.raises(FloatingPointError, match="logits that are not finite at token 1"):
         llm.generate(["The king"], 5)
+    with pytest.raises(FloatingPointError, match="logits that are not finite"):
+        llm.score(["The king"])
 
 
 def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):

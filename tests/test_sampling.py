@@ -8,10 +8,10 @@ from llama.sampling import NOT_FINITE, penalize, sample
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
 
-def draw(logits, temperature=1.0, top_p=1.0, n=10_000):
+def draw(logits, temperature=1.0, top_p=1.0, n=10_000, **cuts):
     """Shares of the tokens over n evenly spread uniform numbers: exact to 1 / n a token."""
     uniform = (torch.arange(n) + 0.5) / n
-    tokens = sample(logits.expand(n, -1), temperature, top_p, uniform)
+    tokens = sample(logits.expand(n, -1), temperature, top_p, uniform, **cuts)
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
 
@@ -33,6 +33,34 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
     expected[kept] = PROBABILITIES[kept]
     expected /= expected.sum()
     assert torch.allclose(draw(PROBABILITIES.log(), top_p=top_p), expected, atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    "cuts, kept",
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.37}, [1, 3, 4]),
+        ({"min_p": 0.38}, [1, 3]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 3, "min_p": 0.38}, [1, 3]),
+        ({"top_k": 2, "min_p": 0.2}, [1, 3]),
+        ({"top_p": 0.39, "top_k": 3}, [1]),
+    ],
+    ids=str,
+)
+def test_top_k_and_min_p_keep_what_their_formulas_say(cuts, kept):
+    expected = torch.zeros(5)
+    expected[kept] = PROBABILITIES[kept]
+    assert torch.allclose(draw(PROBABILITIES.log(), **cuts), expected / expected.sum(), atol=3e-4)
+
+
+def test_min_p_is_of_the_probabilities_after_temperature():
+    """Squared, 0.3 is no longer 0.6 of 0.4, but 0.5625."""
+    for min_p, kept in ((0.6, 1), (0.55, 2)):
+        shares = draw(PROBABILITIES.log(), temperature=0.5, min_p=min_p)
+        assert (shares > 0).sum() == kept
 
 
 def test_temperature_0_and_nearly_0_are_greedy():

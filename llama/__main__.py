@@ -1,0 +1,155 @@
+"""How does it talk on a command line? python -m llama --prompt "Once upon a time"
+
+A single prompt streams; of several, each batch is printed when it is done. Texts and JSON go to
+stdout, all else to stderr.
+"""
+
+import contextlib
+import sys
+import time
+from dataclasses import replace
+from json import JSONDecodeError, dumps, loads
+
+import torch
+from tqdm import tqdm
+
+from llama.cli import read_text, run
+from llama.generation import LLaMA, row_seed
+from llama.room import size
+from llama.settings import Settings
+
+
+def read_prompts(path: str) -> list[str]:
+    """Those of a file: its lines, or in a .jsonl file strings or objects with a "prompt"."""
+    prompts = []
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        if path.endswith(".jsonl"):
+            try:
+                line = loads(line)
+            except (JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {n}, is not JSON ({error}): mend it") from None
+            line = line.get("prompt") if isinstance(line, dict) else line
+            if not isinstance(line, str):
+                raise ValueError(f'{path}, line {n}: expected a string or {{"prompt": "..."}}')
+        prompts.append(line)
+    return prompts
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on CUDA, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Unix alone has it
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logprobs: bool) -> None:
+    """Prints the continuations, and to stderr what they took."""
+    batch, stream = llm.model.args.max_batch_size, len(prompts) == 1 and not json
+    done, starts, first_token = [], time.perf_counter(), None
+    with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= batch) as bar:
+        for first in range(0, len(prompts), batch):
+            some = prompts[first : first + batch]
+            seed = None if settings.seed is None else row_seed(settings.seed, first)
+            times = [time.perf_counter()]
+            steps = llm.steps(some, replace(settings, seed=seed), logprobs)
+            if stream:
+                print(some[0], end="", flush=True)
+            for rows in steps:
+                times.append(time.perf_counter())
+                if stream:
+                    print(rows[0].read(), end="", flush=True)
+            first_token = first_token or times[1] - times[0]
+            for prompt, row in zip(some, rows):
+                if json:
+                    result = {
+                        "prompt": prompt,
+                        "text": row.text,
+                        "tokens": row.ids,
+                        "finish_reason": row.finish_reason,
+                        "seconds": round(times[-1] - times[0], 4),
+                        "seconds_to_first_token": round(times[1] - times[0], 4),
+                    }
+                    tqdm.write(dumps(result | ({"logprobs": row.logprobs} if logprobs else {})))
+                elif not stream:
+                    tqdm.write(f"{prompt}{row.text}\n\n==================================\n")
+            sys.stdout.flush()
+            done += rows
+            bar.update(len(some))
+    if stream:
+        print()
+    new, took = sum(len(row.ids) for row in done), time.perf_counter() - starts
+    print(
+        f"{sum(len(row.prompt_ids) for row in done)} prompt tokens, {new} new tokens, "
+        f"{first_token:.2f} s to the first token, {new / took:.1f} tokens/s, "
+        f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}",
+        file=sys.stderr,
+    )
+
+
+def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None:
+    """Continues what is typed, until its end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history in input()
+    print("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> " if sys.stdout.isatty() else "")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D leaves.", file=sys.stderr)
+            continue
+        try:
+            if prompt:
+                answer(llm, [prompt], settings, json, logprobs)
+        except KeyboardInterrupt:
+            print()
+            print("stopped", file=sys.stderr)
+        except (ValueError, MemoryError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main(
+    model: dict,
+    settings: dict,
+    prompt: list[str] = (),
+    prompt_file: str | None = None,
+    interactive: bool = False,
+    json: bool = False,
+    logprobs: bool = False,
+    max_gen_len: int = 256,
+):
+    """Continues prompts with LLaMA in INT8.
+
+    Args:
+        prompt: text to continue, may be given several times; - is all of standard input
+        prompt_file: file with a prompt a line, as JSON if it ends in .jsonl; - is standard input
+        interactive: keeps the model loaded and continues what is typed
+        json: prints a JSON object for each prompt
+        logprobs: with --json, adds the log-probability of each new token
+        max_gen_len: longest continuation, in tokens
+    """
+    settings = Settings(max_gen_len, **settings)
+    if logprobs and not json:
+        raise ValueError("--logprobs is a part of what --json prints: add --json")
+    prompts = [read_text("-") if text == "-" else text for text in prompt]
+    prompts += read_prompts(prompt_file) if prompt_file else []
+    if not prompts and not interactive:
+        raise ValueError(
+            "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive"
+        )
+    llm = LLaMA.build(**model, prompts=prompts)
+    if prompts:
+        answer(llm, prompts, settings, json, logprobs)
+    if interactive:
+        interact(llm, settings, json, logprobs)
+
+
+if __name__ == "__main__":
+    run(main, model=LLaMA.build, settings=Settings)

@@ -1,0 +1,101 @@
+"""Does the comparison of int8 with floating point compute what it says?"""
+
+import io
+import math
+import re
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import DEMO
+
+from llama import cli, perplexity
+from llama.perplexity import cut, shown
+
+TEXT = DEMO.parents[1] / "LICENSE"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["perplexity", "--device=cpu", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        status = 0
+        try:
+            cli.run(perplexity.main)
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_figures_and_picture(run, tmp_path, demo, demo_float):
+    picture = tmp_path / "p.png"
+    sizes = ["--window=40", "--windows=3"]
+    status, out, err = run("--text", TEXT, *sizes, "--picture", picture)
+    assert status == 0, err
+    if find_spec("matplotlib"):
+        assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in err
+    assert out.startswith(f"3 windows of 40 tokens from {TEXT}, on cpu\n")
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (\w+) \| ([\d.]+).*?\| (.*)\|$", out, re.M)}
+    ids = demo.tokenizer.encode(TEXT.read_text(), bos=False, eos=False)
+    windows = cut(ids, 1, 40, 3)
+    for llm, name in ((demo, "int8"), (demo_float, "float32")):
+        scores = [
+            s for window in windows for s in llm.score([llm.tokenizer.decode(window)])[0]
+        ]  # decode drops what encode adds, so that the text's tokens are the window's
+        assert float(rows[name][0]) == pytest.approx(math.exp(-sum(scores) / 117), rel=1e-3)
+    p, q = (
+        torch.cat([torch.cat(list(llm.logits(w[:-1]))) for w in windows]).log_softmax(-1)
+        for llm in (demo_float, demo)
+    )
+    ratio, divergence, same = re.findall(r"([\d.e-]+) \[", rows["int8"][1])
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
+    assert float(divergence) == pytest.approx(kl, rel=0.05)
+    agree = 100 * (p.argmax(-1) == q.argmax(-1)).float().mean().item()
+    assert float(same) == pytest.approx(agree, abs=0.01)
+    assert float(ratio) == pytest.approx(float(rows["int8"][0]) / float(rows["float32"][0]), 1e-3)
+
+
+def test_windows_are_spread_and_none_overlaps():
+    ids = list(range(100, 200))
+    windows = cut(ids, 1, 11, 3)
+    assert [w[:2] for w in windows] == [[1, 100], [1, 130], [1, 160]]
+    assert all(len(w) == 11 for w in windows)
+    assert len(cut(ids, 1, 11, 500)) == 10
+    assert cut(ids[:5], 1, 11, 500) == [[1, *ids[:5]]]
+
+
+def test_interval_covers_the_mean_of_windows_of_known_spread():
+    values = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)) + 5
+    mean, low, high = map(float, re.findall(r"[\d.]+", shown(values, "{:.4f}")))
+    assert low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
+    assert shown(values[:1], "{:.4f}").count(".") == 1  # one window says nothing of their spread
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text=/nowhere"], "/nowhere does not exist: pass a text file"),
+        (["--text=-"], "- holds no text: pass another file"),
+        (["--text", TEXT, "--window=1"], "window is 1, expected a whole number, from 2"),
+        (["--text", TEXT, "--windows=0"], "windows is 0, expected a whole number, from 1"),
+        (["--text", TEXT, "--picture=/nowhere/p.png"], "/nowhere does not exist: pass another"),
+        ([], "required argument: text"),
+    ],
+    ids=str,
+)
+def test_mistakes(run, arguments, message):
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "") and message in err.splitlines()[-1]
+
+
+def test_without_matplotlib(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("--text=-", "--window=20", "--windows=2", stdin=b"The king said. " * 20)
+    assert status == 0 and "No picture without matplotlib: pip install matplotlib" in err
+    assert "2 windows of 20 tokens" in out and not list(tmp_path.iterdir())

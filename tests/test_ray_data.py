@@ -1,0 +1,34 @@
+"""Does the script for many GPUs work? With two actors on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="runs Ray Data, which is not installed")
+def test_every_prompt_is_continued_once(tmp_path):
+    prompts = [f"Once upon a time {i}" for i in range(20)]
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, "tests/ray_data.py", tmp_path / "prompts.jsonl", tmp_path / "results"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    files = (tmp_path / "results").glob("*.json")
+    results = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert sorted(result["prompt"] for result in results) == sorted(prompts)
+    for result in results:
+        assert result["result"].startswith(result["prompt"])
+        assert len(result["result"]) > len(result["prompt"]) + 20
