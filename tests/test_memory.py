@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_a_warning(make_folder, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("use_int8", [True, False], ids=["int8", "fp16"])
 def test_the_estimate_is_within_3_percent(large_folder, use_int8):
-    """Of what torch's pool takes from the driver for weights, and one segment of 20 MiB for small
+    """Of what torch's pool takes from the driver for weights, and two segments of 20 MiB for small
     tensors, which is nothing in real models: tests/fits.py measures those, all of it."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -76,4 +76,4 @@ def test_the_estimate_is_within_3_percent(large_folder, use_int8):
     llm = LLaMA.build(large_folder, max_seq_len=512, max_batch_size=1, use_int8=use_int8)
     needed = room.need(llm.model, 1, 512, torch.float16)
     loaded = torch.cuda.memory_reserved() - before
-    assert loaded == pytest.approx(needed.weights, abs=0.03 * needed.weights + 20 * 2**20)
+    assert loaded == pytest.approx(needed.weights, abs=0.03 * needed.weights + 40 * 2**20)
