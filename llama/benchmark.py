@@ -169,6 +169,7 @@ def main(
         raise ValueError(f"engines has {unknown[0]!r}, expected some of {', '.join(ENGINES)}")
     model_of = (size, ckpt_dir, tokenizer_path)
     bandwidth = read_bandwidth()
+    torch.cuda.empty_cache()
     figures = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

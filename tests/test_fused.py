@@ -153,6 +153,26 @@ def test_a_rows_logits_do_not_depend_on_its_company():
 
 
 @pytest.mark.cuda
+@torch.inference_mode()
+def test_batch_sizes_agree():
+    """One row has fp16 activations, an error of 2^-12 of each; three have two digits, less. In the
+    demo's 29 products that is some 1e-3 of the logits; another token moves them by their size."""
+    llm = LLaMA.build(device="cuda")
+    model, ids = llm.model, llm.tokenizer.encode("Once upon a time", True, False)
+    tokens, seen = torch.tensor(ids, device="cuda"), []
+    for B in (1, 3, 32):
+        engine = fused.Fused(model, KVCache(model.args, B, 20, model.norm.weight))
+        for row in range(B):
+            engine.prefill(tokens, row)
+        positions = torch.full((B,), len(ids), device="cuda")
+        logits = engine.step(tokens[:1].expand(B).contiguous(), positions)
+        assert (logits == logits[0]).all()
+        seen.append(logits[0].clone())
+    for logits in seen[1:]:
+        assert (logits - seen[0]).std() < 4e-3 * seen[0].std()
+
+
+@pytest.mark.cuda
 def test_engines_agree():
     tokens = [llm.generate(["One morning the farmer"], 24, temperature=0) for llm in engines()]
     assert tokens[0] == tokens[1]

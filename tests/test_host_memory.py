@@ -54,7 +54,7 @@ def saved(large_folder):
 def test_on_the_cpu(large_folder):
     peak, model = measure(large_folder)
     assert model > 200 * 2**20
-    # 0.5 GiB is the promise for any model and 32 threads; here two threads have a block in work.
+    # 0.5 GiB is the promise for any model and 16 threads; here two threads have a block in work.
     assert peak < model + 100 * 2**20
 
 
@@ -70,7 +70,8 @@ def test_of_quantizing(saved):
 
 @pytest.mark.cuda
 def test_on_cuda(large_folder, saved):
-    """2 GiB is the promise for any model; here the blocks in work, and what CUDA adds."""
+    """2 GiB is the promise for any model; here at most 16 blocks of 4 million values in work, 24
+    to 30 MiB each, and what CUDA adds."""
     for folder in (large_folder, saved[0]):
         peak, _ = measure(folder, device="cuda")
-        assert peak < 500 * 2**20
+        assert peak < 2**30
