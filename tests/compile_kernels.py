@@ -5,7 +5,9 @@ that Triton brings, and prints the shared memory it takes; exit status 1 if it i
 has. Apart from the tests because those run kernels in the interpreter.
 """
 
+import itertools
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -103,25 +105,32 @@ def cases():
     yield llm_int8.mixed_scaled_mm_kernel, PRODUCT, constants, options
 
 
+def shared_memory(case: int, capability: int) -> tuple[str, float]:
+    """KiB that one of cases() takes."""
+    kernel, types, constants, options = list(cases())[case]
+    if "PDL" in kernel.arg_names:
+        constants = constants | {"PDL": capability >= 90}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    # As at a launch, where pointers and sizes are multiples of 16: else nothing is loaded ahead,
+    # and little shared memory taken.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if types.get(name, "")[:1] == "*" or name in "DNS"
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    return kernel.__name__, compiled.metadata.shared / 1024
+
+
 def main() -> int:
+    each = list(itertools.product(range(len(list(cases()))), SHARED))
     failed = 0
-    for kernel, types, constants, options in cases():
-        for capability, limit in SHARED.items():
-            if "PDL" in kernel.arg_names:
-                constants = constants | {"PDL": capability >= 90}
-            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-            # As at a launch, where pointers and sizes are multiples of 16: else nothing is
-            # loaded ahead, and little shared memory taken.
-            aligned = {
-                (i,): [["tt.divisibility", 16]]
-                for i, n in enumerate(kernel.arg_names)
-                if types.get(n, "")[:1] == "*" or n in "DNS"
-            }
-            source = ASTSource(kernel, signature, constants, aligned)
-            target = GPUTarget("cuda", capability, 32)
-            shared = triton.compile(source, target=target, options=options).metadata.shared / 1024
-            print(f"{kernel.__name__} {capability}: {shared:.0f} of {limit} KiB")
-            failed += shared > limit
+    with ProcessPoolExecutor() as pool:
+        for (_, capability), (name, shared) in zip(each, pool.map(shared_memory, *zip(*each))):
+            print(f"{name} {capability}: {shared:.0f} of {SHARED[capability]} KiB")
+            failed += shared > SHARED[capability]
     return int(failed > 0)
 
 
