@@ -311,7 +311,7 @@ FAULTS = {
     r"layers.1.\S+, \S+, \S+ and 6 more, left over nothing",
     int_weights: "consolidated.01.pth is torch.int8, expected torch.float16",
     not_a_dict: "holds no flat dict of tensors",
-    nan_weight: "layers.1.feed_forward.w2.weight holds values that are not finite",
+    nan_weight: "feed_forward.w2.weight in consolidated.00.pth or consolidated.01.pth holds values",
     no_tokenizer: "tokenizer .*tokenizer.model does not exist",
     tokenizer_of_another_size: r"the weights have \d+ tokens, the tokenizer \d+",
     tokenizer_unlike_params: r"the tokenizer has \d+ pieces, params.json asks for 32016",
