@@ -258,6 +258,9 @@ def open_shard(path: Path) -> dict[str, Piece]:
             entry.CRC = entry.CRC or None  # read() compares it; torch.save may leave it out
             operations = pickletools.genops(archive.read(entry))
             named = {argument for code, argument, _ in operations if code.name == "GLOBAL"}
+            order = [archive.read(e) for e in archive.infolist() if "/byteorder" in e.filename]
+        if order not in ([], [sys.byteorder.encode()]):
+            raise ValueError("its numbers are of another byte order")
         if not all(map(OF_TENSORS.fullmatch, named)):
             raise pickle.UnpicklingError
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -364,7 +367,10 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
             check_piece(name, piece, shape, want, len(shards), kinds)
         if kinds == (torch.uint8,):
             if pieces[0].read().item() != BY_ROWS:
-                raise ValueError(f"{name} is not {BY_ROWS} (by rows): quantize the model again")
+                raise ValueError(
+                    f"{name} in {pieces[0].path.name} is not {BY_ROWS} (by rows): quantize the "
+                    "model again"
+                )
             continue
         if dim is None:
             if not all(nearly_equal(pieces[0], copy) for copy in pieces[1:]):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+LARGEST = 2**26  # bytes read of a file: Meta's has 2**19
+
 
 class Tokenizer:
     def __init__(self, model_path: str | Path):
@@ -20,7 +22,8 @@ class Tokenizer:
                 f"tokenizer {path} {found}: pass the tokenizer.model that came with the weights, "
                 "e.g. --tokenizer_path /w/tokenizer.model"
             )
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(LARGEST)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
             raise ValueError(
                 f"{path} is a tiktoken file, as Llama 3 has it: this program reads the "
