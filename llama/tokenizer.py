@@ -32,7 +32,8 @@ class Tokenizer:
         self._sp = SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(content)
-        except RuntimeError:
+            self._sp.id_to_piece(list(range(self._sp.vocab_size())))  # all of them are text
+        except (RuntimeError, UnicodeDecodeError):
             raise ValueError(
                 f"{path} ({len(content):,} bytes) is not a sentencepiece model: download it "
                 "again and compare its md5 sum with tokenizer_checklist.chk"

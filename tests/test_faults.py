@@ -41,13 +41,17 @@ class Trial:
         assert line, f"the process ended with status {self.process.wait()}"
         return json.loads(line)
 
+    def end(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
 
 @pytest.fixture(scope="module")
 def trial():
     one = Trial()
     yield one
-    one.process.stdin.close()
-    one.process.wait()
+    one.end()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_fault(form, name, good, trial, tmp_path):
     assert found["kind"] in OURS, found
     assert re.search(message, found["message"]), found["message"]
     assert found["message"].isprintable()
-    assert found["seconds"] < 5 and found["MiB"] < 1024
+    assert found["seconds"] < faults.SECONDS and found["MiB"] < faults.MIB
     assert not Path(faults.CANARY).exists()
 
 
