@@ -108,7 +108,12 @@ def header(offset, bits):
     return edit(SHARD, change)
 
 
-def rewrite(change=lambda name, content: content, compression=zipfile.ZIP_STORED, more=()):
+def rewrite(
+    change=lambda name, content: content,
+    compression=zipfile.ZIP_STORED,
+    more=(),
+    names=lambda name: name,
+):
     """Writes a shard's zip again with records as change(name, content) gives them, and more."""
 
     def spoil(folder):
@@ -116,7 +121,7 @@ def rewrite(change=lambda name, content: content, compression=zipfile.ZIP_STORED
             records = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(folder / SHARD, "w", compression) as archive:
             for name, content in (*records.items(), *more):
-                archive.writestr(name, change(name, content))
+                archive.writestr(names(name), change(name, content))
 
     return spoil
 
@@ -327,6 +332,10 @@ SHARDS = {
     ),
     "list of tensors changed": (edit(SHARD, lambda c: c.replace(b".wq.", b".wk.", 1)), "Bad CRC"),
     "list of tensors of a gigabyte": (pickled(bytes(2**21)), "is too long"),
+    "list of tensors absent": (
+        rewrite(lambda name, old: old, names=lambda name: name.replace("data.pkl", "x.pkl")),
+        DAMAGED,
+    ),
     "list of tensors empty": (pickled(b""), DAMAGED),
     "list of tensors cut short": (pickled(b"\x80\2}q\0(X"), DAMAGED),
     "code: os.system": (pickled(calls(os.system, f"touch {CANARY}")), RUNS),

@@ -345,3 +345,17 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(make_folder, monkey
     monkeypatch.setattr(checkpoint, "stream", None)  # nothing may be loaded
     with pytest.raises(MemoryError, match=r"needs 0.0 GiB for weights .* lower --max_seq_len"):
         LLaMA.build(folder, device="cpu")
+
+
+def test_shards_saved_without_sums(make_folder):
+    """As torch.serialization.set_crc32_options(False) leaves them."""
+    folder = make_folder(1)[0]
+    expected = logits(folder)
+    path = folder / "consolidated.00.pth"
+    shard = torch.load(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(shard, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(logits(folder), expected)
