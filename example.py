@@ -5,7 +5,7 @@ python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model --max_ba
 """
 
 from llama import LLaMA, Settings
-from llama.cli import run
+from llama.cli import printable, run
 
 prompts = [
     "Once upon a time there was a little fox who",
@@ -23,15 +23,15 @@ def main(model: dict, settings: dict, max_gen_len: int = 256):
     Settings(max_gen_len, **settings)  # checked before the weights are loaded, as prompts are
     llm = LLaMA.build(**model, prompts=prompts)
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        print(printable(prompts[0]), end="", flush=True)
         for piece in llm.stream(prompts[0], max_gen_len, **settings):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
     size = llm.model.args.max_batch_size
     for first in range(0, len(prompts), size):
         for text in llm.generate(prompts[first : first + size], max_gen_len, **settings):
-            print(text)
+            print(printable(text))
             print("\n==================================\n")
 
 

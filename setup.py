@@ -25,6 +25,7 @@ setup(
         "plot": ["matplotlib>=3.9"],  # the picture of llama.perplexity
         "test": [
             "pytest>=8",
+            "hypothesis>=6.100",
             "numpy>=2",
             "ruff==0.17.6",
             # CUDA builds of torch bring triton; on a CPU it is for interpreting kernels.

@@ -1,7 +1,7 @@
 """How does it talk on a command line? python -m llama --prompt "Once upon a time"
 
 A single prompt streams; of several, each batch is printed when it is done. Texts and JSON go to
-stdout, all else to stderr.
+stdout, all else to stderr. In texts control codes are shown as escapes, JSON has them exactly.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from json import JSONDecodeError, dumps, loads
 import torch
 from tqdm import tqdm
 
-from llama.cli import read_text, run
+from llama.cli import printable, read_text, run
 from llama.generation import LLaMA, row_seed
 from llama.room import size
 from llama.settings import Settings
@@ -58,11 +58,11 @@ def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logpr
             times = [time.perf_counter()]
             steps = llm.steps(some, replace(settings, seed=seed), logprobs)
             if stream:
-                print(some[0], end="", flush=True)
+                print(printable(some[0]), end="", flush=True)
             for rows in steps:
                 times.append(time.perf_counter())
                 if stream:
-                    print(rows[0].read(), end="", flush=True)
+                    print(printable(rows[0].read()), end="", flush=True)
             first_token = first_token or times[1] - times[0]
             for prompt, row in zip(some, rows):
                 if json:
@@ -76,7 +76,8 @@ def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logpr
                     }
                     tqdm.write(dumps(result | ({"logprobs": row.logprobs} if logprobs else {})))
                 elif not stream:
-                    tqdm.write(f"{prompt}{row.text}\n\n==================================\n")
+                    text = printable(prompt + row.text)
+                    tqdm.write(f"{text}\n\n==================================\n")
             sys.stdout.flush()
             done += rows
             bar.update(len(some))
@@ -112,7 +113,7 @@ def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None
             print()
             print("stopped", file=sys.stderr)
         except (ValueError, MemoryError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
 
 
 def main(

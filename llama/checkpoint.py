@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import struct
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from llama.int8 import Int8Linear, allocate, quantize
+from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
 
@@ -53,7 +54,13 @@ NOT_SHARDS = {
     b"version https://git-lfs": "a git-lfs pointer",
     b"\x80": "in torch's format before 1.6",
 }
-LARGEST_PICKLE = 2**24  # bytes; the list of 65B's tensors takes 2**17
+LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
+LARGEST_PICKLE = 2**20  # bytes; the list of 65B's tensors takes 2**17
+# What a list of tensors may name. Torch refuses to call what could run code; it does let a list ask
+# for any amount of memory.
+OF_TENSORS = re.compile(
+    r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
+)
 
 # The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
 # same in every shard. Embeddings are split along the model dimension up to Code Llama.
@@ -161,7 +168,9 @@ def read_params(ckpt_dir: Path) -> dict:
             f"{ckpt_dir} {found}: pass the model folder, e.g. --ckpt_dir /w/13B"
         )
     if not list(ckpt_dir.glob("consolidated.*.pth")):
-        held = ", ".join(sorted(f"{p.name}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8])
+        held = ", ".join(
+            sorted(f"{_shown(p.name)}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8]
+        )
         models = sorted(p.parent for p in ckpt_dir.glob("*/consolidated.*.pth"))
         example = models[0] if models else Path("/w/13B")
         raise FileNotFoundError(
@@ -171,6 +180,10 @@ def read_params(ckpt_dir: Path) -> dict:
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
+    if path.stat().st_size > LARGEST_PARAMS:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, expected about 100: download it again"
+        )
     try:
         params = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -187,7 +200,7 @@ def read_params(ckpt_dir: Path) -> dict:
         )
     known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
     if unknown := sorted(set(params) - known):
-        warnings.warn(f"{path}: unknown keys are ignored: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(f"{path}: unknown keys are ignored: {_some(unknown)}", stacklevel=2)
     return {key: params[key] for key in known & set(params)}
 
 
@@ -198,7 +211,11 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
-    args = ModelArgs(**params, **limits)
+    try:
+        args = ModelArgs(**params)
+    except ValueError as error:
+        raise ValueError(f"params.json: {error}; download it again") from None
+    args = replace(args, **limits)
     if args.vocab_size != vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
@@ -236,11 +253,19 @@ def open_shard(path: Path) -> dict[str, Piece]:
         raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        if sum(e.file_size for e in entries if e.filename.endswith(".pkl")) > LARGEST_PICKLE:
-            raise ValueError("its list of tensors is too long")
+            records = tensor_records(archive)
+            about = {}
+            for entry in archive.infolist():
+                if entry.filename.endswith(("/data.pkl", "/byteorder")):
+                    entry.CRC = entry.CRC or None  # read() compares it; torch.save may omit it
+                    about[entry.filename.rpartition("/")[2]] = archive.read(entry)
+        operations = pickletools.genops(about["data.pkl"])
+        named = {argument for code, argument, _ in operations if code.name == "GLOBAL"}
+        if about.get("byteorder", b"little") != b"little":  # as of every machine with a GPU
+            raise ValueError("its numbers are of another byte order")
+        if not all(map(OF_TENSORS.fullmatch, named)):
+            raise pickle.UnpicklingError
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        records = tensor_records(path, entries)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors, which loading could run as code: it was refused, "
@@ -276,15 +301,34 @@ def open_shard(path: Path) -> dict[str, Piece]:
     }
 
 
-def tensor_records(path: Path, entries: list[zipfile.ZipInfo]) -> set[tuple[int, int]]:
-    """Where in the file the bytes of its storages begin, and their number."""
+def tensor_records(archive: zipfile.ZipFile) -> set[tuple[int, int]]:
+    """Where in the file the bytes of its storages begin, and their number.
+
+    ValueError unless its records lie as torch.save writes them, one behind the other: torch takes
+    places from the headers of records as they are, and a wrong one would be other weights.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
     records = set()
-    with path.open("rb") as file:
-        for entry in entries:
-            if "/data/" in entry.filename:
-                file.seek(entry.header_offset + 26)  # lengths of the name and of the extra field
-                name, extra = struct.unpack("<HH", file.read(4))
-                records.add((entry.header_offset + 30 + name + extra, entry.file_size))
+    for entry, end in zip(entries, ends):
+        archive.fp.seek(entry.header_offset)
+        begin, name_size, extra_size = struct.unpack("<4s22xHH", archive.fp.read(30))
+        name = archive.fp.read(name_size)
+        start = entry.header_offset + 30 + name_size + extra_size
+        # Its size and CRC are repeated after a record that was written before they were known.
+        behind = (16, 24) if entry.flag_bits & 8 and entry.file_size else (0,)
+        if (
+            (begin, name) != (b"PK\3\4", entry.orig_filename.encode())
+            or entry.compress_type != zipfile.ZIP_STORED
+            or end - start - entry.file_size not in behind
+        ):
+            raise ValueError(f"its record {_shown(entry.filename)} is not as torch.save writes it")
+        if "/data/" in entry.filename:
+            records.add((start, entry.file_size))
+        elif entry.file_size > LARGEST_PICKLE:
+            raise ValueError(f"its record {_shown(entry.filename)} is too long")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("it has two records of one name")
     return records
 
 
@@ -325,7 +369,10 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
             check_piece(name, piece, shape, want, len(shards), kinds)
         if kinds == (torch.uint8,):
             if pieces[0].read().item() != BY_ROWS:
-                raise ValueError(f"{name} is not {BY_ROWS} (by rows): quantize the model again")
+                raise ValueError(
+                    f"{name} in {pieces[0].path.name} is not {BY_ROWS} (by rows): quantize the "
+                    "model again"
+                )
             continue
         if dim is None:
             if not all(nearly_equal(pieces[0], copy) for copy in pieces[1:]):
@@ -392,7 +439,7 @@ def check_piece(
             f"{name} in {file} is {tensor.dtype}, expected {' or '.join(map(str, kinds))}: pass "
             "Meta's original checkpoint, or what llama.quantize made of it"
         )
-    if name == "tok_embeddings.weight" and tensor.shape[:1] != shape[:1]:
+    if name == "tok_embeddings.weight" and tensor.dim() == 2 and len(tensor) != shape[0]:
         raise ValueError(
             f"the weights have {tensor.shape[0]} tokens, the tokenizer {shape[0]}: "
             "pass the tokenizer.model that came with these weights"
@@ -411,7 +458,13 @@ def check_piece(
 def _some(names: list[str]) -> str:
     if not names:
         return "nothing"
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+    shown = ", ".join(map(_shown, names[:3]))
+    return shown + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _shown(name: str) -> str:
+    """A name that a file gives, as a part of one line."""
+    return repr(name[:80])[1:-1]
 
 
 @torch.inference_mode(False)  # whose tensors the workers could not write
@@ -555,7 +608,7 @@ def stream(
             for job in jobs:
                 job.result()
         except ValueError as error:
-            raise ValueError(f"{weight.name} {error}: the shards are damaged") from None
+            raise ValueError(f"{weight.name} in {error}: the file is damaged") from None
         done(weight)
         if weight.layer is not None:
             bar.set_postfix_str(f"layer {weight.layer + 1}/{n_layers}", refresh=False)
@@ -596,7 +649,8 @@ def start(weight: Weight, targets: list[Tensor], pool: ThreadPoolExecutor) -> li
 
 
 def fill(block: list[Piece], targets: list[Tensor]) -> None:
-    """Puts pieces that stand side by side where they belong."""
+    """Puts pieces that stand side by side where they belong; ValueError names the file if a value
+    is not finite there."""
     here = [
         torch.empty_like(target, device="cpu", pin_memory=True) if target.is_cuda else target
         for target in targets
@@ -610,8 +664,14 @@ def fill(block: list[Piece], targets: list[Tensor]) -> None:
         for piece, part in zip(block, values.split([p.tensor.shape[1] for p in block], 1)):
             read = piece.read()
             part.copy_(read.half() if quantizes else read)
-    if quantizes:
-        quantize(values, *here)
+    try:
+        if quantizes:
+            quantize(values, *here)
+        elif out.is_floating_point():
+            check_finite(torch.stack(out.aminmax()))
+    except ValueError as error:
+        files = " or ".join(piece.path.name for piece in block)
+        raise ValueError(f"{files} {error}") from None
     for target, source in zip(targets, here):
         if target.is_cuda:
             # Not ahead of the GPU: what waits to be copied is pinned memory.

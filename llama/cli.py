@@ -3,7 +3,8 @@
 Flags are the parameters that a docstring describes under `Args:`. Fire runs a program before it
 finds that a flag is misspelt; here nothing runs until all are understood, and text is taken as it
 stands (fire makes a number of 13). What a user can get wrong is one line on stderr and exit status
-1, without a traceback.
+1, with a traceback only after `--debug`. A terminal gets no control code that a model or a file
+made up, wherever the text goes first: `printable` shows them.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature, getdoc, signature
 from pathlib import Path
@@ -20,12 +22,13 @@ from typing import Any, get_args
 import fire
 
 Flags = Mapping[str, Parameter]
+DEBUG = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=bool)
 
 
 def run(command: Callable[..., None], **groups: Callable) -> None:
     """Calls command with the flags of the command line. The parameters of a group, a function or a
     class, are flags too: command gets those that were given as a dict of the group's name. Of two
-    flags of one name, command's own counts."""
+    flags of one name, command's own counts. Every command has --debug."""
     own = signature(command).parameters
     flags, sentences = {}, {}
     for source in (command, *groups.values()):
@@ -35,7 +38,10 @@ def run(command: Callable[..., None], **groups: Callable) -> None:
                 sentences[about.name] = about.description
     if groups:  # whose order means nothing
         flags = {name: p.replace(kind=Parameter.KEYWORD_ONLY) for name, p in flags.items()}
+    flags["debug"] = DEBUG
+    sentences["debug"] = "prints the traceback of an error before its one line"
     given = read(sys.argv[1:], flags, getdoc(command).split("\nArgs:")[0], sentences)
+    debug = given.pop("debug", False)
     for group, function in groups.items():
         names = [n for n in given if n in signature(function).parameters and n not in own]
         given[group] = {name: given.pop(name) for name in names}
@@ -45,6 +51,8 @@ def run(command: Callable[..., None], **groups: Callable) -> None:
     except BrokenPipeError:  # nobody reads on: head -1, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
+        if debug:
+            traceback.print_exc()
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted", 130)
@@ -129,6 +137,11 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from None
 
 
+def printable(text: str) -> str:
+    """Text with its control characters, all but line ends and tabs, as escapes: \\x1b."""
+    return re.sub(r"[^\n\t -~\xa0-\U0010ffff]", lambda c: repr(c[0])[1:-1], text)
+
+
 def fail(message: str, status: int = 1) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     sys.exit(status)

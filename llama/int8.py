@@ -94,7 +94,11 @@ def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
     ValueError if a value is not finite.
     """
     torch.linalg.vector_norm(x, torch.inf, dim=1, out=SCB)
-    if not SCB.isfinite().all():
-        raise ValueError("holds values that are not finite in fp16 (NaN, or beyond 65,504)")
+    check_finite(SCB)
     # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.
     CB.copy_(x.mul_(127 / SCB[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round_())
+
+
+def check_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError("holds values that are not finite in fp16 (NaN, or beyond 65,504)")

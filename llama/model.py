@@ -131,7 +131,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        square = y.square().mean(-1, keepdim=True)
+        # Where it overflows, the quotient would be a quiet 0; 0 times infinity is no number.
+        y = y * (torch.rsqrt(square + self.eps) + 0 * square)
         return y.type_as(x) * self.weight
 
 

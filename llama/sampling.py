@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 NOT_FINITE = -1  # the token of a row whose logits are not all finite
+SMALLEST = 1e-30  # divisor: float32 takes 1e-46 for 0, and 0 / 0 is no number
 
 
 def sample(
@@ -34,7 +35,8 @@ def sample(
         token = logits.argmax(-1)
     else:
         below_top = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
-        probability, order = torch.softmax(below_top / temperature, -1).sort(-1, descending=True)
+        probability = torch.softmax(below_top / max(temperature, SMALLEST), -1)
+        probability, order = probability.sort(-1, descending=True)
         before = probability.cumsum(-1) - probability
         kept = before < top_p
         if top_k:
@@ -68,6 +70,7 @@ def penalize(
     if slope != 0:
         before = lengths[:, None] - 1 - position
         x = (1 - 2 * before / max(window - 1, 1)).clamp(-1, 1)
+        slope = max(slope, SMALLEST)
         y = slope * x / (1 - x.abs() + slope * x.abs())
         share = share * (1 + y) / 2
     strength = torch.zeros_like(logits).scatter_reduce(-1, tokens, share, "amax")

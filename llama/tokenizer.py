@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+LARGEST = 2**26  # bytes read of a file: Meta's has 2**19
+
 
 class Tokenizer:
     def __init__(self, model_path: str | Path):
@@ -20,7 +22,8 @@ class Tokenizer:
                 f"tokenizer {path} {found}: pass the tokenizer.model that came with the weights, "
                 "e.g. --tokenizer_path /w/tokenizer.model"
             )
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(LARGEST)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
             raise ValueError(
                 f"{path} is a tiktoken file, as Llama 3 has it: this program reads the "
@@ -29,7 +32,8 @@ class Tokenizer:
         self._sp = SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(content)
-        except RuntimeError:
+            self._sp.id_to_piece(list(range(self._sp.vocab_size())))  # all of them are text
+        except (RuntimeError, UnicodeDecodeError):
             raise ValueError(
                 f"{path} ({len(content):,} bytes) is not a sentencepiece model: download it "
                 "again and compare its md5 sum with tokenizer_checklist.chk"

@@ -15,6 +15,8 @@ def matrix(rows=150, columns=96, dtype=torch.float16):
     w[7, 3] = 60000
     w[9] *= 1e-7  # fp16 denormals
     w[11] = 0.125
+    w[13] = 2**-24  # the smallest
+    w[15] = -65024  # the largest that bfloat16 has too
     return w
 
 

@@ -229,7 +229,8 @@ def check_llm_int8(M, D, N, before, outliers, then):
 
 @pytest.mark.parametrize("before", ["nothing", "rms_norm", "swiglu"])
 @pytest.mark.parametrize(
-    "M, D, N, outliers", [(1, 300, 90, 0), (5, 64, 131, 1), (130, 257, 130, 40), (3, 256, 64, 256)]
+    "M, D, N, outliers",
+    [(1, 300, 90, 0), (5, 64, 131, 1), (130, 257, 130, 40), (4, 64, 66, 32), (3, 256, 64, 256)],
 )
 def test_llm_int8(M, D, N, outliers, before):
     check_llm_int8(M, D, N, before, outliers, "add" if M % 2 else "store")

@@ -168,6 +168,7 @@ def test_help_has_a_sentence_and_the_default_of_every_flag(command):
     }
     if command[0] == "-m":
         expected |= inspect.signature(__main__.main).parameters
+    expected["debug"] = cli.DEBUG
     assert set(flags) == set(expected) - {"prompts", "model", "settings"}
     for name, (default, sentence) in flags.items():
         assert len(sentence) > 15, name

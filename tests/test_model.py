@@ -30,7 +30,7 @@ SHAPES = {
 
 def float_model(params: dict, weights: dict, **limits) -> Transformer:
     vocab_size = len(weights["output.weight"])
-    args = ModelArgs(**params | {"vocab_size": vocab_size}, max_seq_len=64, **limits)
+    args = ModelArgs(**params | {"vocab_size": vocab_size}, **{"max_seq_len": 64} | limits)
     model = Transformer(args, nn.Linear).eval()
     model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
     return model

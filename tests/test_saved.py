@@ -121,7 +121,7 @@ FAULTS = {
     layer_missing: "the int8 files and params.json do not belong .* missing norm.weight, output",
     layer_missing_between: "but not consolidated.01.pth: fetch the missing",
     layer_twice: "consolidated.02.pth holds layers.0.*again: quantize the model again",
-    other_layout: r"wq.weight_format is not 0 \(by rows\): quantize the model again",
+    other_layout: r"wq.weight_format in consolidated.01.pth is not 0 \(by rows\): quantize",
     scales_missing: "missing layers.0.attention.wq.SCB, left over nothing",
     half_precision_codes: "consolidated.01.pth is torch.float16, expected torch.int8",
     short_scales: r"wq.SCB in consolidated.01.pth is \(63,\), but by params.json 1 shard asks for",
