@@ -131,9 +131,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        square = y.square().mean(-1, keepdim=True)
-        # Where it overflows, the quotient would be a quiet 0; 0 times infinity is no number.
-        y = y * (torch.rsqrt(square + self.eps) + 0 * square)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.type_as(x) * self.weight
 
 

@@ -9,7 +9,6 @@ from checkpoints import random_weights, tiny_params
 from test_model import TOLERANCE, float_model
 
 from llama import LLaMA
-from llama.model import RMSNorm
 
 CASES, ROWS = 1000, 6
 
@@ -45,13 +44,6 @@ def test_the_same_model_below_the_limit_is_sampled_in_fp16(make_folder):
     with torch.no_grad():
         llm.model.layers[0].feed_forward.w2.weight.fill_(60)
     assert llm.generate(["The king"], 3)[0].startswith("The king")
-
-
-def test_a_state_whose_square_overflows_float32_is_no_quiet_zero():
-    x = torch.ones(3, 64)
-    x[1, 5] = 1e25
-    normalized = RMSNorm(64, 1e-5)(x)
-    assert normalized[[0, 2]].isfinite().all() and normalized[1].isnan().all()
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
