@@ -17,6 +17,9 @@ from conftest import DEMO, vocab_size
 
 from llama import LLaMA, quantize
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[1]
 OURS = {"ValueError", "FileNotFoundError", "OSError", "MemoryError"}
 

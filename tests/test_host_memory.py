@@ -7,7 +7,10 @@ import sys
 import pytest
 from conftest import DEMO
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's"),
+]
 
 # In a process of its own: its memory is compared with what it held before.
 MEASURE = """

@@ -320,6 +320,7 @@ def test_rotate(T, H, Hkv, K):
         assert torch.allclose(ours, theirs, rtol=2**-10, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_other_gpus(tmp_path):
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

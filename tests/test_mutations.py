@@ -19,6 +19,9 @@ from test_faults import OURS, Trial
 from llama import quantize
 from llama.checkpoint import open_shard
 
+pytestmark = pytest.mark.slow
+
+
 EXAMPLES = 120  # of each file
 FILES = {
     "params.json": "half",

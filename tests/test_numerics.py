@@ -82,6 +82,7 @@ def decoded(llm, prompt_ids):
     return torch.stack(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["demo", "demo_float"])
 def test_1000_rows_depend_neither_on_neighbours_nor_on_the_run(form, request, one_thread):
     """Bit for bit at one batch size and length of the longest, whatever its neighbours are and
