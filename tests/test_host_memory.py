@@ -67,8 +67,9 @@ def test_of_the_saved_form_on_the_cpu(saved):
 
 
 def test_of_quantizing(saved):
-    """Two layers of 50 MiB in int8, and the blocks in work."""
-    assert saved[1] < 170 * 2**20
+    """Two layers of 50 MiB in int8, two blocks of 30 MiB in work, and what the pool of malloc keeps
+    of them; the whole model has 200 MiB."""
+    assert saved[1] < 195 * 2**20
 
 
 @pytest.mark.cuda
