@@ -2,9 +2,10 @@
 
 Times what a user waits for: the start of a process, the prefill of a prompt and the tokens that
 follow, for int8 with our kernels, int8 with bitsandbytes' product and fp16, beside the rate at
-which X As in trained models, norm weights are below 1 but for a few features,
-whose activations pass 6.0. One line a figure to stdout, medians of several runs; only ratios within
-one run compare across machines.
+which this GPU reads memory. The weights are random, made in memory, unless --ckpt_dir names a
+model, whose loading is timed too. As in trained models, norm weights are below 1 but for a few
+features, whose activations pass 6.0. One line a figure to stdout, medians of several runs; only
+ratios within one run compare across machines.
 """
 
 import gc

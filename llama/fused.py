@@ -56,11 +56,8 @@ class Fused:
 
     def features(self, tokens: Tensor, row: int) -> Tensor:
         """The residual stream (T, D) float32 after all layers; fills the cache."""
-        args, rotation, (T, device) = (
-            self.model.args,
-            self.model.rotation,
-            (len(tokens), tokens.device),
-        )
+        args, rotation = self.model.args, self.model.rotation
+        T, device = len(tokens), tokens.device
         residual = self.model.tok_embeddings.weight[tokens].float()
         half = {"dtype": torch.float16, "device": device}
         qkv, w13 = (torch.empty(T, len(self.layers[0][i][1]), **half) for i in (0, 2))

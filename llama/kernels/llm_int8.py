@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.few_rows import normalized
 from llama.kernels.launch import launch
 
 # Outputs of BLOCK_M rows x BLOCK_N columns a program, BLOCK_K inputs a step. The linears of 13B for
@@ -39,7 +40,7 @@ NEVER = 2**31 - 1  # the first token that reaches the threshold in a column wher
 
 def vectorwise_quant_torch(x, threshold, room, before="nothing", weight=None, eps=0.0, launch=None):
     if before == "rms_norm":
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        x = normalized(x, (weight, eps))
     if before == "swiglu":
         gate, up = x.float().chunk(2, -1)
         x = F.silu(gate) * up
