@@ -87,22 +87,24 @@ def taken(device: torch.device) -> tuple[int, int]:
 
 
 def grown(llm: LLaMA, results: dict[int, list], calls: int) -> tuple[int, int]:
-    """Makes the calls, each result into results; bytes by which host and GPU memory grew after the
-    warm-up."""
+    """Makes the calls, the results of those in results into it; bytes by which host and GPU memory
+    grew after the warm-up."""
     device = llm.model.tok_embeddings.weight.device
     for number in range(calls):
         if number == int(WARM_UP * calls):
             before = taken(device)
-        results[number] = call(llm, number)
+        result = call(llm, number)
+        if number in results:
+            results[number] = result
     return tuple(after - b for after, b in zip(taken(device), before))
 
 
 def main(calls: int = 2000, ckpt_dir: str | None = None, device: str = "cpu", again: int = 8):
-    results = {}
+    results = dict.fromkeys(random.Random(1).sample(range(calls), again))
     host, gpu = grown(LLaMA.build(ckpt_dir, device=device), results, calls)
     print(f"{calls} calls: host memory grew {host / 2**20:.1f} MiB, that of the GPU {gpu} bytes")
-    for number in random.Random(1).sample(range(calls), again):
-        same = alone(number, ckpt_dir, device) == results[number]
+    for number, result in results.items():
+        same = alone(number, ckpt_dir, device) == result
         print(f"call {number} alone in a fresh process: {'the same' if same else 'ANOTHER RESULT'}")
 
 

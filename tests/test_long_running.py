@@ -29,11 +29,10 @@ def caches() -> int:
 def test_hundreds_of_random_calls_keep_no_memory(make_folder):
     """1 MiB is 4 KiB a call, less than one takes for its cache. `soak.py` makes more calls."""
     llm = LLaMA.build(make_folder()[0], device="cpu")
-    results = {}
-    host, _ = soak.grown(llm, results, 400)
-    assert host < 2**20
-    assert caches() == 0
-    assert len(results) == 400 and sum(result == ["refused"] for result in results.values()) == 50
+    last = {399: None}
+    host, _ = soak.grown(llm, last, 400)
+    assert host < 2**20 and caches() == 0
+    assert last[399] == soak.call(llm, 399)
 
 
 def test_a_call_after_others_gives_what_it_gives_in_a_fresh_process(demo):
@@ -197,13 +196,13 @@ def test_threads_that_share_a_model_each_get_what_they_would_alone(device):
 
 def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
     """None waits for the end of another's text, and no two are in the model at once."""
-    forward, inside, order = demo.model.forward, [], []
+    forward, inside, order, most = demo.model.forward, [], [], set()
 
     def watched(*args):
         inside.append(1)
         order.append(threading.get_ident())
-        assert len(inside) == 1
         time.sleep(0.001)
+        most.add(len(inside))
         result = forward(*args)
         inside.pop()
         return result
@@ -211,7 +210,8 @@ def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
     monkeypatch.setattr(demo.model, "forward", watched)
     in_threads(lambda i: demo.generate(PROMPTS, 30, seed=i), 3)
     changes = sum(one != other for one, other in zip(order, order[1:]))
-    assert len(set(order)) == 3 and changes > 3
+    assert most == {1}
+    assert len(set(order)) == 3 and changes > 3  # 46 to 71 were seen, of 92
 
 
 def test_loading_in_two_threads_changes_no_ones_thread_count():
