@@ -116,7 +116,7 @@ def shared_memory(case: int, capability: int) -> tuple[str, float]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if types.get(name, "")[:1] == "*" or name in "DNS"
+        if types.get(name, "")[:1] == "*" or (name in types and name in "NS")
     }
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
