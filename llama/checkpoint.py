@@ -10,6 +10,7 @@ at a few blocks a thread on CUDA and at the finished model on the CPU.
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -592,8 +593,8 @@ def stream(
 ) -> int:
     """Fills the tensors that place(weight) returns, in int8 if they are two: codes and scales.
     Calls done(weight) in order. Returns the peak of anonymous_bytes()."""
-    threads, peak = torch.get_num_threads(), 0
-    workers = min(threads, MOST_WORKERS)
+    peak = 0
+    workers = min(torch.get_num_threads(), MOST_WORKERS)
     bar = tqdm(
         total=sum(weight.nbytes for weight in planned) / GIB,
         desc=title,
@@ -614,24 +615,28 @@ def stream(
             bar.set_postfix_str(f"layer {weight.layer + 1}/{n_layers}", refresh=False)
         bar.update(weight.nbytes / GIB)
 
-    try:
-        # Each worker works on one core.
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        with bar, pool:
-            try:
-                for weight in planned:
-                    running.append((weight, start(weight, place(weight), pool)))
-                    peak = max(peak, anonymous_bytes())
-                    if len(running) > AHEAD:
-                        settle()
-                while running:
+    pool = ThreadPoolExecutor(workers, initializer=work_on_one_core)
+    with bar, pool:
+        try:
+            for weight in planned:
+                running.append((weight, start(weight, place(weight), pool)))
+                peak = max(peak, anonymous_bytes())
+                if len(running) > AHEAD:
                     settle()
-                    peak = max(peak, anonymous_bytes())
-            finally:  # after an error nobody waits for the rest
-                pool.shutdown(wait=False, cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)
+            while running:
+                settle()
+                peak = max(peak, anonymous_bytes())
+        finally:  # after an error nobody waits for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
     return peak
+
+
+def work_on_one_core() -> None:
+    """Of this thread alone. torch.set_num_threads is not: threads that begin meanwhile, or load
+    too, would find its 1 and keep it."""
+    torch.get_num_threads()  # at its first use in a thread torch sets OpenMP's number
+    with contextlib.suppress(AttributeError):  # a torch without OpenMP: threads are many, no more
+        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 
 def start(weight: Weight, targets: list[Tensor], pool: ThreadPoolExecutor) -> list[Future]:

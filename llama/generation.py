@@ -3,14 +3,18 @@
 `LLaMA` joins a model and its tokenizer: `build` is the one place where the parts are wired,
 `generate` and `stream` continue prompts, `score` says how likely a text is. Prompts of different
 lengths share a batch without padding: each is prefilled alone and whole, then all rows decode
-together, each from its own position.
+together, each from its own position. What belongs to a call is its own, so that calls may be
+abandoned or overlap; threads take turns, a step at a time.
 """
 
+import functools
 import re
+import threading
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Set
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -29,6 +33,31 @@ DEMO = Path(__file__).parent / "demo"
 ENGINES = ("triton", "bnb")
 MOST_FUSED_ROWS = 32  # more are a matter of arithmetic, not of reading weights
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
+NO_BUGS = MemoryError, torch.OutOfMemoryError, FloatingPointError, KeyboardInterrupt
+TURN = threading.RLock()  # a CUDA graph is captured while no other thread uses the GPU
+
+
+def in_turn(steps: Callable[..., Iterator]) -> Callable[..., Iterator]:
+    """A method of LLaMA that works step by step, one thread's step at a time, on its own device."""
+
+    @functools.wraps(steps)
+    def call(self, *args, **kwargs):
+        # Torch and Triton by themselves would work on cuda:0. Does nothing on the CPU.
+        device = torch.accelerator.device_index(self.model.tok_embeddings.weight.device.index)
+        with closing(steps(self, *args, **kwargs)) as running:
+            while True:
+                with TURN, device:
+                    try:
+                        result = next(running)
+                    except StopIteration:
+                        return
+                    except NO_BUGS as error:
+                        # A notebook keeps it until the next one, and frames would keep the cache.
+                        error.__context__ = None
+                        raise error.with_traceback(None) from None
+                yield result
+
+    return call
 
 
 class LLaMA:
@@ -111,8 +140,7 @@ class LLaMA:
         adds to the prompt; none is part of a character or taken back. Errors as there."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r:.60}, expected a string")
-        steps = self.steps([prompt], settings)
-        return (piece for [row] in steps if (piece := row.read()))
+        return pieces(self.steps([prompt], settings))
 
     def steps(
         self, prompts: list[str], settings: Settings, logprobs: bool = False
@@ -194,6 +222,7 @@ class LLaMA:
                 scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
         return scores
 
+    @in_turn
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Float32 logits of what follows each of ids, in order: (n, V), at most POSITIONS at once,
@@ -219,6 +248,7 @@ class LLaMA:
                 f"{weight.device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
 
+    @in_turn
     @torch.inference_mode()
     def _decode(
         self,
@@ -333,6 +363,13 @@ class LLaMA:
             f"{room.free_bytes(weight.device) / room.GIB:.1f} GiB free: pass fewer "
             "prompts at once (--max_batch_size) or lower --max_gen_len"
         )
+
+
+def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
+    with closing(steps):
+        for [row] in steps:
+            if piece := row.read():
+                yield piece
 
 
 def fetch(values: Tensor) -> Callable[[], list[int]]:

@@ -1,0 +1,216 @@
+"""Does a LLaMA keep to itself? After many calls, after Ctrl-C and errors, beside another one, and
+with threads that call it at once."""
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+
+from llama import LLaMA
+from llama.model import KVCache
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ["Once upon a time there was a little", "The king"]
+
+
+def caches() -> int:
+    gc.collect()
+    return sum(type(thing) is KVCache for thing in gc.get_objects())
+
+
+def test_hundreds_of_random_calls_keep_no_memory(make_folder):
+    """1 MiB is 4 KiB a call, less than one takes for its cache. `soak.py` makes more calls."""
+    llm = LLaMA.build(make_folder()[0], device="cpu")
+    last = {399: None}
+    host, _ = soak.grown(llm, last, 400)
+    assert host < 2**20 and caches() == 0
+    assert last[399] == soak.call(llm, 399)
+
+
+def test_a_call_after_others_gives_what_it_gives_in_a_fresh_process(demo):
+    results = {number: soak.call(demo, number) for number in range(16)}
+    for number in (12, 15):  # a stream and scores
+        assert results[number] == soak.alone(number, None, "cpu")
+    assert results[3] == soak.call(demo, 3)
+
+
+INTERRUPTED = """
+import sys
+from contextlib import suppress
+import torch
+from test_long_running import PROMPTS, LLaMA, caches
+llm = LLaMA.build(sys.argv[1], device="cpu")
+expected = llm.generate(PROMPTS, 8, seed=1)
+for turn in range(int(sys.argv[2])):
+    try:
+        print("working", flush=True)
+        while True:
+            llm.generate(PROMPTS, 40)
+            list(llm.stream(PROMPTS[0], 40, stop=["the"]))
+            llm.score(PROMPTS)
+    except KeyboardInterrupt as error:
+        kept = error  # as a notebook keeps it
+    assert caches() == 0
+    assert not torch.is_inference_mode_enabled()
+    assert llm.generate(PROMPTS, 8, seed=1) == expected
+print("usable")
+"""
+
+
+def test_ctrl_c_at_50_moments_leaves_a_model_usable(make_folder):
+    """Real signals to a real process; the memory of the call is free though the error is kept."""
+    chance = random.Random(1)
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, make_folder()[0], "50"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        for _ in range(50):
+            assert process.stdout.readline() == "working\n", process.stderr.read()
+            time.sleep(chance.random() * 0.1)
+            process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "usable\n", process.stderr.read()
+        assert process.wait(30) == 0
+
+
+def fails_at(step, model, error):
+    """The model's forward from now on: raises at this step, works again after."""
+    forward, steps = model.forward, []
+
+    def failing(*args):
+        steps.append(1)
+        if len(steps) == step:
+            raise error
+        return forward(*args)
+
+    return failing
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 9])
+def test_out_of_memory_names_the_flags_and_a_smaller_call_works(demo, monkeypatch, step):
+    expected = demo.generate(PROMPTS[:1], 8, seed=1)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+    monkeypatch.setattr(demo.model, "forward", fails_at(step, demo.model, error))
+    with pytest.raises(MemoryError, match="fewer prompts .*--max_batch_size.* --max_gen_len"):
+        demo.generate(PROMPTS, 20)
+    assert sys.exc_info()[0] is None and caches() == 0  # though a notebook keeps the error
+    assert demo.generate(PROMPTS[:1], 8, seed=1) == expected
+
+
+def test_what_an_interrupted_call_took_is_free_while_the_error_is_kept(demo, monkeypatch):
+    monkeypatch.setattr(demo.model, "forward", fails_at(3, demo.model, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        list(demo.stream(PROMPTS[0], 20))
+    assert caught.value.__traceback__ and caches() == 0
+
+
+def test_two_models_do_not_disturb_each_other(make_folder):
+    """Of other sizes, one in int8, their calls interleaved step by step."""
+    one = LLaMA.build(device="cpu")
+    other = LLaMA.build(make_folder(n_heads=8)[0], device="cpu", use_int8=False)
+    settings = {"max_gen_len": 20, "seed": 1, "stop": ["the"]}
+    alone = [list(llm.stream(PROMPTS[0], **settings)) for llm in (one, other)]
+    a, b = (llm.stream(PROMPTS[0], **settings) for llm in (one, other))
+    together = [[], []]
+    for pieces, stream in [(together[0], a), (together[1], b)] * 20:
+        pieces += [piece for _, piece in zip(range(1), stream)]
+    assert together == alone
+    expected = other.score(PROMPTS)
+    del one, a
+    gc.collect()
+    assert other.score(PROMPTS) == expected
+
+
+def in_threads(work, count):
+    """What work(i) returns in each of some threads that begin together."""
+    start, results = threading.Barrier(count), [None] * count
+
+    def run(i):
+        start.wait()
+        results[i] = work(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    return results
+
+
+def test_threads_that_share_a_model_each_get_what_they_would_alone():
+    """Generating, streaming, leaving a stream half-way and scoring at once."""
+    llm = LLaMA.build(device="cpu")
+    expected = [soak.call(llm, number) for number in range(16)]
+    left = llm.stream(PROMPTS[0], 40)
+    next(left)
+    got = in_threads(lambda i: [soak.call(llm, number) for number in range(i, 16, 4)], 4)
+    assert got == [expected[i::4] for i in range(4)]
+    next(left)
+
+
+def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
+    """None waits for the end of another's text, and no two are in the model at once."""
+    forward, inside, order, most = demo.model.forward, [], [], set()
+
+    def watched(*args):
+        inside.append(1)
+        order.append(threading.get_ident())
+        time.sleep(0.001)
+        most.add(len(inside))
+        result = forward(*args)
+        inside.pop()
+        return result
+
+    monkeypatch.setattr(demo.model, "forward", watched)
+    in_threads(lambda i: demo.generate(PROMPTS, 30, seed=i), 3)
+    changes = sum(one != other for one, other in zip(order, order[1:]))
+    assert most == {1}
+    assert len(set(order)) == 3 and changes > 3  # 46 to 71 were seen, of 92
+
+
+def test_loading_in_two_threads_changes_no_ones_thread_count():
+    """Nor that of a thread that begins meanwhile, of one that begins later, or the callers'."""
+    counts, loaded = set(), threading.Event()
+
+    def look_again_and_again():
+        while not loaded.is_set():
+            in_threads(lambda _: counts.add(torch.get_num_threads()), 1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    looking = threading.Thread(target=look_again_and_again)
+    looking.start()
+    try:
+        in_threads(lambda _: [LLaMA.build(device="cpu") for _ in range(3)], 2)
+        counts |= set(in_threads(lambda _: torch.get_num_threads(), 2))
+    finally:
+        loaded.set()
+        looking.join()
+        torch.set_num_threads(before)
+    assert counts == {3}
+
+
+def test_a_loaders_thread_works_on_one_core():
+    from llama.checkpoint import work_on_one_core
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert in_threads(lambda _: work_on_one_core() or torch.get_num_threads(), 2) == [1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
