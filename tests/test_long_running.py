@@ -15,7 +15,7 @@ import pytest
 import soak
 import torch
 
-from llama import LLaMA
+from llama import LLaMA, generation
 from llama.model import KVCache
 
 pytestmark = pytest.mark.slow
@@ -29,12 +29,12 @@ def caches() -> int:
 
 
 def test_hundreds_of_random_calls_keep_no_memory(make_folder):
-    """1 MiB is 4 KiB a call, less than one takes for its cache. `soak.py` makes more calls."""
+    """2 MiB is 4 KiB a call, less than one takes for its cache. `soak.py` makes more calls."""
     llm = LLaMA.build(make_folder()[0], device="cpu")
-    last = {399: None}
-    host, _ = soak.grown(llm, last, 400)
-    assert host < 2**20 and caches() == 0
-    assert last[399] == soak.call(llm, 399)
+    last = {749: None}
+    host, _ = soak.grown(llm, last, 750)
+    assert host < 2 * 2**20 and caches() == 0
+    assert last[749] == soak.call(llm, 749)
 
 
 def test_a_call_after_others_gives_what_it_gives_in_a_fresh_process(demo):
@@ -117,10 +117,33 @@ def test_what_an_interrupted_call_took_is_free_while_the_error_is_kept(demo, mon
     assert caught.value.__traceback__ and caches() == 0
 
 
-def test_two_models_do_not_disturb_each_other(make_folder):
+@pytest.mark.cuda
+@pytest.mark.parametrize("engine", ["triton", "bnb"])
+def test_a_gpu_that_is_full_names_the_flags_and_a_smaller_call_works(monkeypatch, engine):
+    """Torch itself runs out, since the count of free bytes beforehand is made to lie."""
+    llm = LLaMA.build(device="cuda", max_seq_len=20000, engine=engine)
+    expected = llm.generate(PROMPTS[:1], 8, seed=1)
+    room = llm.model.tok_embeddings.weight.nbytes + torch.cuda.memory_reserved() + 2**28
+    total = torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 2**60)
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with pytest.raises(MemoryError, match="--max_batch_size.* --max_gen_len") as caught:
+            llm.generate(PROMPTS * 16, 19000)
+        assert caught.value.__traceback__ and caches() == 0
+        assert llm.generate(PROMPTS[:1], 8, seed=1) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_models_do_not_disturb_each_other(make_folder, device):
     """Of other sizes, one in int8, their calls interleaved step by step."""
-    one = LLaMA.build(device="cpu")
-    other = LLaMA.build(make_folder(n_heads=8)[0], device="cpu", use_int8=False)
+    one = LLaMA.build(device=device)
+    other = LLaMA.build(make_folder(n_heads=8)[0], device=device, use_int8=False)
     settings = {"max_gen_len": 20, "seed": 1, "stop": ["the"]}
     alone = [list(llm.stream(PROMPTS[0], **settings)) for llm in (one, other)]
     a, b = (llm.stream(PROMPTS[0], **settings) for llm in (one, other))
@@ -132,6 +155,16 @@ def test_two_models_do_not_disturb_each_other(make_folder):
     del one, a
     gc.collect()
     assert other.score(PROMPTS) == expected
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("use_int8", [True, False])
+def test_a_model_works_on_a_gpu_that_is_not_the_current_one(use_int8):
+    first, second = (LLaMA.build(device=f"cuda:{i}", use_int8=use_int8) for i in range(2))
+    assert first.generate(PROMPTS, 40, seed=1) == second.generate(PROMPTS, 40, seed=1)
+    assert first.score(PROMPTS) == second.score(PROMPTS)
+    assert torch.cuda.current_device() == 0
 
 
 def in_threads(work, count):
@@ -151,9 +184,10 @@ def in_threads(work, count):
     return results
 
 
-def test_threads_that_share_a_model_each_get_what_they_would_alone():
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_that_share_a_model_each_get_what_they_would_alone(device):
     """Generating, streaming, leaving a stream half-way and scoring at once."""
-    llm = LLaMA.build(device="cpu")
+    llm = LLaMA.build(device=device)
     expected = [soak.call(llm, number) for number in range(16)]
     left = llm.stream(PROMPTS[0], 40)
     next(left)
