@@ -1,10 +1,10 @@
 """How do files become a model?
 
-Meta's folder (`params.json`, one `consolidated.NN.pth` for each model-parallel shard) is checked
-whole before anything long starts: every name, shape and type against what `params.json` asks for,
-and the room on the device. Then the weights stream through several threads: each reads a block of
-rows from the shards, joins and quantizes it, and moves it to its place. Anonymous host memory peaks
-at a few blocks a thread on CUDA and at the finished model on the CPU.
+What the shards hold is checked whole before anything long starts: every name, shape and type
+against what `params.json` asks for, and the room on the device. Then the weights stream through
+several threads: each reads a block of rows from the shards, joins and quantizes it, and moves it to
+its place. Anonymous host memory peaks at a few blocks a thread on CUDA and at the finished model on
+the CPU.
 
 `save_int8` writes a folder of the same kind that is already quantized, one file a layer; loading it
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
@@ -14,20 +14,13 @@ import contextlib
 import ctypes
 import json
 import os
-import pickle
-import pickletools
-import re
 import shutil
-import struct
 import sys
-import threading
 import time
-import warnings
-import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
 
@@ -38,6 +31,7 @@ from tqdm.auto import tqdm
 from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
+from llama.shards import INT8_FORMAT, Piece, open_shards, scratch, some_of
 
 # Values that a thread quantizes at once. 13B on 16 cores: 5.9 s; 2^21: 6.4, 2^20: 10.4, 2^19: 19,
 # since threads wait for Python in between (H200 machine, page cache, 2026-11-23).
@@ -47,21 +41,6 @@ MOST_WORKERS = 16  # whose blocks keep host memory within its bound
 AHEAD = 4  # weights in work beside the one that is waited for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
-INT8_FORMAT = 1  # of the folders that save_int8 writes, in their params.json
-
-# What is found in place of a shard, by its first bytes.
-NOT_SHARDS = {
-    b"<": "a web page",
-    b"version https://git-lfs": "a git-lfs pointer",
-    b"\x80": "in torch's format before 1.6",
-}
-LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
-LARGEST_PICKLE = 2**20  # bytes; the list of 65B's tensors takes 2**17
-# What a list of tensors may name. Torch refuses to call what could run code; it does let a list ask
-# for any amount of memory.
-OF_TENSORS = re.compile(
-    r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
-)
 
 # The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
 # same in every shard. Embeddings are split along the model dimension up to Code Llama.
@@ -69,48 +48,6 @@ JOIN_DIM = {
     **dict.fromkeys(["wq", "wk", "wv", "w1", "w3", "output"], 0),
     **dict.fromkeys(["wo", "w2", "tok_embeddings"], 1),
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of a shard or some of its rows. It is memory-mapped, but for its address alone:
-    where a disk fails or a file is cut short, touching it would kill the process, and reading the
-    file raises."""
-
-    tensor: Tensor
-    path: Path
-    mapped_at: int  # address of the file's first byte
-
-    def split(self, rows: int) -> list["Piece"]:
-        return [replace(self, tensor=part) for part in self.tensor.split(rows)]
-
-    def as_matrix(self) -> "Piece":
-        return self if self.tensor.dim() == 2 else replace(self, tensor=self.tensor[None])
-
-    def read(self) -> Tensor:
-        """Its values, until this thread reads the next piece."""
-        sizes, steps = self.tensor.shape, self.tensor.stride()
-        span = 1 + sum((n - 1) * step for n, step in zip(sizes, steps))
-        values = scratch("read", span, self.tensor.dtype)
-        self.read_into(values)
-        return values.as_strided(sizes, steps)
-
-    def read_into(self, out: Tensor) -> None:
-        """Fills out, contiguous, with the bytes from the piece's first value on."""
-        bytes_ = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.tensor.data_ptr() - self.mapped_at)
-                while bytes_:
-                    count = file.readinto(bytes_)
-                    if not count:
-                        raise OSError("it ends too early, and was longer before")
-                    bytes_ = bytes_[count:]
-        except OSError as error:
-            raise OSError(
-                f"{self.path} could not be read ({error.strerror or error}): look after its disk, "
-                "or let whatever writes it end, and load again"
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -141,331 +78,6 @@ class Weight:
         if self.dim == 1:
             return [list(block) for block in zip(*split)]
         return [[part] for parts in split for part in parts]
-
-
-_of_this_thread = threading.local()
-
-
-def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """This thread's buffer of that name. Quantizing in fresh memory ran at 0.22 to 0.28 GB/s
-    instead of 0.53 where each block's came from the kernel, page by page."""
-    buffers = _of_this_thread.__dict__
-    if name not in buffers or buffers[name].nbytes < count * dtype.itemsize:
-        buffers[name] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
-    return buffers[name][: count * dtype.itemsize].view(dtype)
-
-
-def tokenizer_of(ckpt_dir: Path) -> Path:
-    """In the folder or, as Meta has it, beside it."""
-    beside = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
-    return next((path for path in beside if path.is_file()), beside[0])
-
-
-def read_params(ckpt_dir: Path) -> dict:
-    """The keys of params.json that `ModelArgs` knows; a warning names the others."""
-    if not ckpt_dir.is_dir():
-        found = "is a file" if ckpt_dir.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{ckpt_dir} {found}: pass the model folder, e.g. --ckpt_dir /w/13B"
-        )
-    if not list(ckpt_dir.glob("consolidated.*.pth")):
-        held = ", ".join(
-            sorted(f"{_shown(p.name)}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8]
-        )
-        models = sorted(p.parent for p in ckpt_dir.glob("*/consolidated.*.pth"))
-        example = models[0] if models else Path("/w/13B")
-        raise FileNotFoundError(
-            f"no consolidated.*.pth in {ckpt_dir} (it holds {held or 'nothing'}): "
-            f"pass the model folder, e.g. --ckpt_dir {example}"
-        )
-    path = ckpt_dir / "params.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
-    if path.stat().st_size > LARGEST_PARAMS:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, expected about 100: download it again"
-        )
-    try:
-        params = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
-    params = params.get("model", params) if isinstance(params, dict) else params
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds no JSON object: download it again")
-
-    version = params.pop("int8_format", INT8_FORMAT)
-    if version != INT8_FORMAT:
-        raise ValueError(
-            f"{path} is of int8 format {version!r}, this program reads {INT8_FORMAT}: take a newer "
-            "one, or quantize the model again"
-        )
-    known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
-    if unknown := sorted(set(params) - known):
-        warnings.warn(f"{path}: unknown keys are ignored: {_some(unknown)}", stacklevel=2)
-    return {key: params[key] for key in known & set(params)}
-
-
-def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
-    """`params` completed and checked; ValueError says what is missing or cannot be."""
-    if params.get("vocab_size", -1) == -1:
-        params = {**params, "vocab_size": vocab_size}
-    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
-    if missing:
-        raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
-    try:
-        args = ModelArgs(**params)
-    except ValueError as error:
-        raise ValueError(f"params.json: {error}; download it again") from None
-    args = replace(args, **limits)
-    if args.vocab_size != vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
-            "pass the tokenizer.model that came with these weights"
-        )
-    return args
-
-
-def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
-    """File name -> its tensors, none of them read yet."""
-    names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
-    strange = [name for name in names if not re.fullmatch(r"consolidated\.\d{2,}\.pth", name)]
-    if strange:
-        raise ValueError(
-            f"{ckpt_dir} holds {', '.join(strange)}, expected consolidated.00.pth and so on alone: "
-            "move what is no shard elsewhere"
-        )
-    expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
-    if set(names) != set(expected):
-        absent = sorted(set(expected) - set(names))
-        raise FileNotFoundError(
-            f"{ckpt_dir} holds {', '.join(names)} but not {', '.join(absent)}: "
-            "fetch the missing shard, download.sh resumes"
-        )
-    return {name: open_shard(ckpt_dir / name) for name in expected}
-
-
-def open_shard(path: Path) -> dict[str, Piece]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
-    with path.open("rb") as file:
-        start = file.read(64)
-    kind = next((kind for begin, kind in NOT_SHARDS.items() if start.startswith(begin)), None)
-    if kind:
-        raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = tensor_records(archive)
-            about = {}
-            for entry in archive.infolist():
-                if entry.filename.endswith(("/data.pkl", "/byteorder")):
-                    entry.CRC = entry.CRC or None  # read() compares it; torch.save may omit it
-                    about[entry.filename.rpartition("/")[2]] = archive.read(entry)
-        operations = pickletools.genops(about["data.pkl"])
-        named = {argument for code, argument, _ in operations if code.name == "GLOBAL"}
-        if about.get("byteorder", b"little") != b"little":  # as of every machine with a GPU
-            raise ValueError("its numbers are of another byte order")
-        if not all(map(OF_TENSORS.fullmatch, named)):
-            raise pickle.UnpicklingError
-        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors, which loading could run as code: it was refused, "
-            "pass Meta's original checkpoint"
-        ) from None
-    except Exception as error:  # torch raises many kinds, none of which names the file
-        reason = (str(error).strip().splitlines() or [repr(error)])[0][:160]
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): "
-            "compare it with checklist.chk, download it again"
-        ) from None
-    if not isinstance(shard, dict) or not all(
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-        for name, tensor in shard.items()
-    ):
-        raise ValueError(f"{path} holds no flat dict of tensors: expected one of Meta's shards")
-    mapped_at = 0
-    if storages := [tensor.untyped_storage() for tensor in shard.values() if tensor.numel()]:
-        found = {(storage.data_ptr(), storage.nbytes()) for storage in storages}
-        first = min(found)[0]
-        # Where the file is mapped, torch does not tell. Each storage is a record of it.
-        places = [first - start for start, _ in records]
-        fits = [p for p in places if {(address - p, n) for address, n in found} <= records]
-        if not fits:
-            raise ValueError(f"{path} keeps tensors as torch.save never does: download it again")
-        mapped_at = fits[0]
-    return {
-        name: Piece(tensor.detach(), path, mapped_at)
-        for name, tensor in shard.items()
-        if not name.endswith("rope.freqs")
-    }
-
-
-def tensor_records(archive: zipfile.ZipFile) -> set[tuple[int, int]]:
-    """Where in the file the bytes of its storages begin, and their number.
-
-    ValueError unless its records lie as torch.save writes them, one behind the other: torch takes
-    places from the headers of records as they are, and a wrong one would be other weights.
-    """
-    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
-    records = set()
-    for entry, end in zip(entries, ends):
-        archive.fp.seek(entry.header_offset)
-        begin, name_size, extra_size = struct.unpack("<4s22xHH", archive.fp.read(30))
-        name = archive.fp.read(name_size)
-        start = entry.header_offset + 30 + name_size + extra_size
-        # Its size and CRC are repeated after a record that was written before they were known.
-        behind = (16, 24) if entry.flag_bits & 8 and entry.file_size else (0,)
-        if (
-            (begin, name) != (b"PK\3\4", entry.orig_filename.encode())
-            or entry.compress_type != zipfile.ZIP_STORED
-            or end - start - entry.file_size not in behind
-        ):
-            raise ValueError(f"its record {_shown(entry.filename)} is not as torch.save writes it")
-        if "/data/" in entry.filename:
-            records.add((start, entry.file_size))
-        elif entry.file_size > LARGEST_PICKLE:
-            raise ValueError(f"its record {_shown(entry.filename)} is too long")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ValueError("it has two records of one name")
-    return records
-
-
-def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
-    """Each tensor of the model once, in its order; ValueError names the first that does not fit,
-    and whatever is missing or left over. Two shards that changed places look right: only their md5
-    sums tell."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if holds_int8(shards):
-        shards = {"the int8 files": joined(shards)}
-        expected = with_scales(expected, model)
-    for file, shard in shards.items():
-        missing = [name for name in expected if name not in shard]
-        extra = [name for name in shard if name not in expected]
-        if missing or extra:
-            raise ValueError(
-                f"{file} and params.json do not belong together: missing {_some(missing)}, "
-                f"left over {_some(extra)}; take both from one model"
-            )
-    planned = []
-    for name, shape in expected.items():
-        pieces = [shard[name] for shard in shards.values()]
-        dim = JOIN_DIM.get(name.split(".")[-2]) if len(shards) > 1 else None
-        want = list(shape)
-        if dim is not None:
-            if shape[dim] % len(shards):
-                raise ValueError(
-                    f"{len(shards)} shards do not divide {name} {shape}: take all files from one "
-                    "model"
-                )
-            want[dim] //= len(shards)
-        kinds = DTYPES
-        if name.removesuffix("weight") + "SCB" in expected:
-            kinds = (torch.int8,)
-        if name.endswith(".weight_format"):
-            kinds = (torch.uint8,)
-        for piece in pieces:
-            check_piece(name, piece, shape, want, len(shards), kinds)
-        if kinds == (torch.uint8,):
-            if pieces[0].read().item() != BY_ROWS:
-                raise ValueError(
-                    f"{name} in {pieces[0].path.name} is not {BY_ROWS} (by rows): quantize the "
-                    "model again"
-                )
-            continue
-        if dim is None:
-            if not all(nearly_equal(pieces[0], copy) for copy in pieces[1:]):
-                raise ValueError(
-                    f"{name} is not the same in all shards: they are of different models, take all "
-                    "files from one"
-                )
-            pieces = pieces[:1]
-        elif any(same_first_row(a, b) for a, b in combinations(pieces, 2) if "wq" in name):
-            raise ValueError(
-                f"two shards hold the same {name}: one is a copy of the other, fetch it again"
-            )
-        planned.append(Weight(name, [piece.as_matrix() for piece in pieces], dim))
-    return planned
-
-
-def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
-    return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
-
-
-def joined(shards: dict[str, dict[str, Piece]]) -> dict[str, Piece]:
-    """The tensors of files none of which has a part of another's."""
-    together = {}
-    for file, shard in shards.items():
-        if twice := sorted(set(together) & set(shard)):
-            raise ValueError(f"{file} holds {_some(twice)} again: quantize the model again")
-        together |= shard
-    return together
-
-
-def with_scales(expected: dict[str, tuple], model: Transformer) -> dict[str, tuple]:
-    """The shapes that a folder of save_int8 holds."""
-    more = {}
-    for name, shape in expected.items():
-        more[name] = shape
-        path = name.removesuffix(".weight")
-        if isinstance(model.get_submodule(path), Int8Linear):
-            more |= {f"{path}.SCB": shape[:1], f"{path}.weight_format": ()}
-    return more
-
-
-def same_first_row(a: Piece, b: Piece) -> bool:
-    a, b = (piece.split(1)[0].read().clone() for piece in (a, b))
-    return torch.equal(a, b)
-
-
-def nearly_equal(a: Piece, b: Piece) -> bool:
-    """Whether two copies of a norm are of one model: a hundredth apart on average at most."""
-    a, b = (piece.read().float().clone() for piece in (a, b))
-    return bool((a - b).abs().mean() <= 0.01 * a.abs().mean())
-
-
-def check_piece(
-    name: str,
-    piece: Piece,
-    shape: tuple[int, ...],
-    want: list[int],
-    n_shards: int,
-    kinds: tuple[torch.dtype, ...],
-) -> None:
-    file, tensor = piece.path.name, piece.tensor
-    if tensor.dtype not in kinds:
-        raise ValueError(
-            f"{name} in {file} is {tensor.dtype}, expected {' or '.join(map(str, kinds))}: pass "
-            "Meta's original checkpoint, or what llama.quantize made of it"
-        )
-    if name == "tok_embeddings.weight" and tensor.dim() == 2 and len(tensor) != shape[0]:
-        raise ValueError(
-            f"the weights have {tensor.shape[0]} tokens, the tokenizer {shape[0]}: "
-            "pass the tokenizer.model that came with these weights"
-        )
-    if list(tensor.shape) != want:
-        count = torch.Size(shape).numel() / max(tensor.numel(), 1)
-        is_one_of = count in range(1, 65) and count != n_shards
-        hint = f" (it is one of {count:.0f} shards)" if is_one_of else ""
-        shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
-        raise ValueError(
-            f"{name} in {file} is {tuple(tensor.shape)}, but by params.json {shards} for "
-            f"{tuple(want)}{hint}: take all files from one model"
-        )
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "nothing"
-    shown = ", ".join(map(_shown, names[:3]))
-    return shown + f" and {len(names) - 3} more" * (len(names) > 3)
-
-
-def _shown(name: str) -> str:
-    """A name that a file gives, as a part of one line."""
-    return repr(name[:80])[1:-1]
 
 
 @torch.inference_mode(False)  # whose tensors the workers could not write
@@ -582,6 +194,129 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
             f"{path} could not be written ({getattr(cause, 'strerror', type(cause))}), nothing is "
             "left of it: make room on its disk, or pass an --out_dir on another"
         ) from None
+
+
+def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
+    """Each tensor of the model once, in its order; ValueError names the first that does not fit,
+    and whatever is missing or left over. Two shards that changed places look right: only their md5
+    sums tell."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if holds_int8(shards):
+        shards = {"the int8 files": joined(shards)}
+        expected = with_scales(expected, model)
+    for file, shard in shards.items():
+        missing = [name for name in expected if name not in shard]
+        extra = [name for name in shard if name not in expected]
+        if missing or extra:
+            raise ValueError(
+                f"{file} and params.json do not belong together: missing {some_of(missing)}, "
+                f"left over {some_of(extra)}; take both from one model"
+            )
+    planned = []
+    for name, shape in expected.items():
+        pieces = [shard[name] for shard in shards.values()]
+        dim = JOIN_DIM.get(name.split(".")[-2]) if len(shards) > 1 else None
+        want = list(shape)
+        if dim is not None:
+            if shape[dim] % len(shards):
+                raise ValueError(
+                    f"{len(shards)} shards do not divide {name} {shape}: take all files from one "
+                    "model"
+                )
+            want[dim] //= len(shards)
+        kinds = DTYPES
+        if name.removesuffix("weight") + "SCB" in expected:
+            kinds = (torch.int8,)
+        if name.endswith(".weight_format"):
+            kinds = (torch.uint8,)
+        for piece in pieces:
+            check_piece(name, piece, shape, want, len(shards), kinds)
+        if kinds == (torch.uint8,):
+            if pieces[0].read().item() != BY_ROWS:
+                raise ValueError(
+                    f"{name} in {pieces[0].path.name} is not {BY_ROWS} (by rows): quantize the "
+                    "model again"
+                )
+            continue
+        if dim is None:
+            if not all(nearly_equal(pieces[0], copy) for copy in pieces[1:]):
+                raise ValueError(
+                    f"{name} is not the same in all shards: they are of different models, take all "
+                    "files from one"
+                )
+            pieces = pieces[:1]
+        elif any(same_first_row(a, b) for a, b in combinations(pieces, 2) if "wq" in name):
+            raise ValueError(
+                f"two shards hold the same {name}: one is a copy of the other, fetch it again"
+            )
+        planned.append(Weight(name, [piece.as_matrix() for piece in pieces], dim))
+    return planned
+
+
+def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
+    return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
+
+
+def joined(shards: dict[str, dict[str, Piece]]) -> dict[str, Piece]:
+    """The tensors of files none of which has a part of another's."""
+    together = {}
+    for file, shard in shards.items():
+        if twice := sorted(set(together) & set(shard)):
+            raise ValueError(f"{file} holds {some_of(twice)} again: quantize the model again")
+        together |= shard
+    return together
+
+
+def with_scales(expected: dict[str, tuple], model: Transformer) -> dict[str, tuple]:
+    """The shapes that a folder of save_int8 holds."""
+    more = {}
+    for name, shape in expected.items():
+        more[name] = shape
+        path = name.removesuffix(".weight")
+        if isinstance(model.get_submodule(path), Int8Linear):
+            more |= {f"{path}.SCB": shape[:1], f"{path}.weight_format": ()}
+    return more
+
+
+def same_first_row(a: Piece, b: Piece) -> bool:
+    a, b = (piece.split(1)[0].read().clone() for piece in (a, b))
+    return torch.equal(a, b)
+
+
+def nearly_equal(a: Piece, b: Piece) -> bool:
+    """Whether two copies of a norm are of one model: a hundredth apart on average at most."""
+    a, b = (piece.read().float().clone() for piece in (a, b))
+    return bool((a - b).abs().mean() <= 0.01 * a.abs().mean())
+
+
+def check_piece(
+    name: str,
+    piece: Piece,
+    shape: tuple[int, ...],
+    want: list[int],
+    n_shards: int,
+    kinds: tuple[torch.dtype, ...],
+) -> None:
+    file, tensor = piece.path.name, piece.tensor
+    if tensor.dtype not in kinds:
+        raise ValueError(
+            f"{name} in {file} is {tensor.dtype}, expected {' or '.join(map(str, kinds))}: pass "
+            "Meta's original checkpoint, or what llama.quantize made of it"
+        )
+    if name == "tok_embeddings.weight" and tensor.dim() == 2 and len(tensor) != shape[0]:
+        raise ValueError(
+            f"the weights have {tensor.shape[0]} tokens, the tokenizer {shape[0]}: "
+            "pass the tokenizer.model that came with these weights"
+        )
+    if list(tensor.shape) != want:
+        count = torch.Size(shape).numel() / max(tensor.numel(), 1)
+        is_one_of = count in range(1, 65) and count != n_shards
+        hint = f" (it is one of {count:.0f} shards)" if is_one_of else ""
+        shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
+        raise ValueError(
+            f"{name} in {file} is {tuple(tensor.shape)}, but by params.json {shards} for "
+            f"{tuple(want)}{hint}: take all files from one model"
+        )
 
 
 def stream(

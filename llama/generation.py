@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama import checkpoint, room
+from llama import checkpoint, room, shards
 from llama.continuation import Continuation
 from llama.graph import captured
 from llama.int8 import Int8Linear
@@ -100,10 +100,10 @@ class LLaMA:
             raise ValueError("ckpt_dir is empty: pass the model folder, e.g. --ckpt_dir /w/13B")
         folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
         target = pick_device(device, use_int8)
-        params = checkpoint.read_params(folder)
-        tokenizer = Tokenizer(tokenizer_path or checkpoint.tokenizer_of(folder))
+        params = shards.read_params(folder)
+        tokenizer = Tokenizer(tokenizer_path or shards.tokenizer_of(folder))
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        args = checkpoint.model_args(params, tokenizer.n_words, **limits)
+        args = shards.model_args(params, tokenizer.n_words, **limits)
         encode(prompts, tokenizer, args.max_seq_len)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = engine_for(target)

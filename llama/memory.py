@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llama import checkpoint
+from llama import shards
 from llama.cli import run
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
@@ -46,9 +46,9 @@ def main(
         args = ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
     else:
         folder = Path(ckpt_dir).expanduser()
-        params = checkpoint.read_params(folder)
-        path = checkpoint.tokenizer_of(folder)
-        args = checkpoint.model_args(params, Tokenizer(path).n_words, **limits)
+        params = shards.read_params(folder)
+        path = shards.tokenizer_of(folder)
+        args = shards.model_args(params, Tokenizer(path).n_words, **limits)
     with torch.device("meta"):
         models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
     int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)

@@ -7,7 +7,7 @@ GPU is needed.
 import sys
 from pathlib import Path
 
-from llama import checkpoint
+from llama import checkpoint, shards
 from llama.cli import run
 from llama.tokenizer import Tokenizer
 
@@ -21,9 +21,9 @@ def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it if not given)
     """
     folder, out = Path(ckpt_dir).expanduser(), Path(out_dir).expanduser()
-    params = checkpoint.read_params(folder)
-    path = Path(tokenizer_path or checkpoint.tokenizer_of(folder)).expanduser()
-    args = checkpoint.model_args(params, Tokenizer(path).n_words)
+    params = shards.read_params(folder)
+    path = Path(tokenizer_path or shards.tokenizer_of(folder)).expanduser()
+    args = shards.model_args(params, Tokenizer(path).n_words)
     checkpoint.save_int8(folder, params, args, path, out)
     print(f"Wrote {out}", file=sys.stderr)
 

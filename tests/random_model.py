@@ -20,8 +20,8 @@ from checkpoints import JOINED_ON, shapes
 from sentencepiece import SentencePieceTrainer
 
 from llama.benchmark import NORM, OUTLIER, OUTLIERS
-from llama.checkpoint import INT8_FORMAT
 from llama.memory import SIZES, VOCABULARY
+from llama.shards import INT8_FORMAT
 
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
 

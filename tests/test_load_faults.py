@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_checkpoint import logits
 
-from llama import LLaMA, checkpoint
+from llama import LLaMA, checkpoint, shards
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,7 +59,7 @@ def test_read_error(fails):
         raise OSError(errno.EIO, "Input/output error")
 
     def happen(folder):
-        fails.patch.setattr(checkpoint, "open", broken, raising=False)
+        fails.patch.setattr(shards, "open", broken, raising=False)
 
     fails(OSError, r"consolidated.0\d.pth could not be read \(Input/output error\)", happen)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_faults import OURS, Trial
 
 from llama import quantize
-from llama.checkpoint import open_shard
+from llama.shards import open_shard
 
 pytestmark = pytest.mark.slow
 

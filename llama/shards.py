@@ -1,0 +1,285 @@
+"""What do the files of a model folder hold?
+
+`params.json`, and one `consolidated.NN.pth` for each model-parallel shard, a zip file as torch.save
+writes it. Nothing in them is trusted: what could run code, ask for terabytes or pass other bytes
+off as a tensor is refused. Opening a shard reads its list of tensors alone, each `Piece` is read
+when its turn comes.
+"""
+
+import ctypes
+import json
+import pickle
+import pickletools
+import re
+import struct
+import threading
+import warnings
+import zipfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.model import ModelArgs
+
+INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
+# What is found in place of a shard, by its first bytes.
+NOT_SHARDS = {
+    b"<": "a web page",
+    b"version https://git-lfs": "a git-lfs pointer",
+    b"\x80": "in torch's format before 1.6",
+}
+LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
+LARGEST_PICKLE = 2**20  # bytes; the list of 65B's tensors takes 2**17
+# What a list of tensors may name. Torch refuses to call what could run code; it does let a list ask
+# for any amount of memory.
+OF_TENSORS = re.compile(
+    r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a shard or some of its rows. It is memory-mapped, but for its address alone:
+    where a disk fails or a file is cut short, touching it would kill the process, and reading the
+    file raises."""
+
+    tensor: Tensor
+    path: Path
+    mapped_at: int  # address of the file's first byte
+
+    def split(self, rows: int) -> list["Piece"]:
+        return [replace(self, tensor=part) for part in self.tensor.split(rows)]
+
+    def as_matrix(self) -> "Piece":
+        return self if self.tensor.dim() == 2 else replace(self, tensor=self.tensor[None])
+
+    def read(self) -> Tensor:
+        """Its values, until this thread reads the next piece."""
+        sizes, steps = self.tensor.shape, self.tensor.stride()
+        span = 1 + sum((n - 1) * step for n, step in zip(sizes, steps))
+        values = scratch("read", span, self.tensor.dtype)
+        self.read_into(values)
+        return values.as_strided(sizes, steps)
+
+    def read_into(self, out: Tensor) -> None:
+        """Fills out, contiguous, with the bytes from the piece's first value on."""
+        bytes_ = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.tensor.data_ptr() - self.mapped_at)
+                while bytes_:
+                    count = file.readinto(bytes_)
+                    if not count:
+                        raise OSError("it ends too early, and was longer before")
+                    bytes_ = bytes_[count:]
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be read ({error.strerror or error}): look after its disk, "
+                "or let whatever writes it end, and load again"
+            ) from None
+
+
+_of_this_thread = threading.local()
+
+
+def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """This thread's buffer of that name. Quantizing in fresh memory ran at 0.22 to 0.28 GB/s
+    instead of 0.53 where each block's came from the kernel, page by page."""
+    buffers = _of_this_thread.__dict__
+    if name not in buffers or buffers[name].nbytes < count * dtype.itemsize:
+        buffers[name] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
+    return buffers[name][: count * dtype.itemsize].view(dtype)
+
+
+def tokenizer_of(ckpt_dir: Path) -> Path:
+    """In the folder or, as Meta has it, beside it."""
+    beside = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
+    return next((path for path in beside if path.is_file()), beside[0])
+
+
+def read_params(ckpt_dir: Path) -> dict:
+    """The keys of params.json that `ModelArgs` knows; a warning names the others."""
+    if not ckpt_dir.is_dir():
+        found = "is a file" if ckpt_dir.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{ckpt_dir} {found}: pass the model folder, e.g. --ckpt_dir /w/13B"
+        )
+    if not list(ckpt_dir.glob("consolidated.*.pth")):
+        held = ", ".join(
+            sorted(f"{one_line(p.name)}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8]
+        )
+        models = sorted(p.parent for p in ckpt_dir.glob("*/consolidated.*.pth"))
+        example = models[0] if models else Path("/w/13B")
+        raise FileNotFoundError(
+            f"no consolidated.*.pth in {ckpt_dir} (it holds {held or 'nothing'}): "
+            f"pass the model folder, e.g. --ckpt_dir {example}"
+        )
+    path = ckpt_dir / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
+    if path.stat().st_size > LARGEST_PARAMS:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, expected about 100: download it again"
+        )
+    try:
+        params = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
+    params = params.get("model", params) if isinstance(params, dict) else params
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds no JSON object: download it again")
+
+    version = params.pop("int8_format", INT8_FORMAT)
+    if version != INT8_FORMAT:
+        raise ValueError(
+            f"{path} is of int8 format {version!r}, this program reads {INT8_FORMAT}: take a newer "
+            "one, or quantize the model again"
+        )
+    known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
+    if unknown := sorted(set(params) - known):
+        warnings.warn(f"{path}: unknown keys are ignored: {some_of(unknown)}", stacklevel=2)
+    return {key: params[key] for key in known & set(params)}
+
+
+def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
+    """`params` completed and checked; ValueError says what is missing or cannot be."""
+    if params.get("vocab_size", -1) == -1:
+        params = {**params, "vocab_size": vocab_size}
+    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
+    if missing:
+        raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
+    try:
+        args = ModelArgs(**params)
+    except ValueError as error:
+        raise ValueError(f"params.json: {error}; download it again") from None
+    args = replace(args, **limits)
+    if args.vocab_size != vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
+            "pass the tokenizer.model that came with these weights"
+        )
+    return args
+
+
+def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
+    """File name -> its tensors, none of them read yet."""
+    names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
+    strange = [name for name in names if not re.fullmatch(r"consolidated\.\d{2,}\.pth", name)]
+    if strange:
+        raise ValueError(
+            f"{ckpt_dir} holds {', '.join(strange)}, expected consolidated.00.pth and so on alone: "
+            "move what is no shard elsewhere"
+        )
+    expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
+    if set(names) != set(expected):
+        absent = sorted(set(expected) - set(names))
+        raise FileNotFoundError(
+            f"{ckpt_dir} holds {', '.join(names)} but not {', '.join(absent)}: "
+            "fetch the missing shard, download.sh resumes"
+        )
+    return {name: open_shard(ckpt_dir / name) for name in expected}
+
+
+def open_shard(path: Path) -> dict[str, Piece]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
+    with path.open("rb") as file:
+        start = file.read(64)
+    kind = next((kind for begin, kind in NOT_SHARDS.items() if start.startswith(begin)), None)
+    if kind:
+        raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = tensor_records(archive)
+            about = {}
+            for entry in archive.infolist():
+                if entry.filename.endswith(("/data.pkl", "/byteorder")):
+                    entry.CRC = entry.CRC or None  # read() compares it; torch.save may omit it
+                    about[entry.filename.rpartition("/")[2]] = archive.read(entry)
+        operations = pickletools.genops(about["data.pkl"])
+        named = {argument for code, argument, _ in operations if code.name == "GLOBAL"}
+        if about.get("byteorder", b"little") != b"little":  # as of every machine with a GPU
+            raise ValueError("its numbers are of another byte order")
+        if not all(map(OF_TENSORS.fullmatch, named)):
+            raise pickle.UnpicklingError
+        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors, which loading could run as code: it was refused, "
+            "pass Meta's original checkpoint"
+        ) from None
+    except Exception as error:  # torch raises many kinds, none of which names the file
+        reason = (str(error).strip().splitlines() or [repr(error)])[0][:160]
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): "
+            "compare it with checklist.chk, download it again"
+        ) from None
+    if not isinstance(shard, dict) or not all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        for name, tensor in shard.items()
+    ):
+        raise ValueError(f"{path} holds no flat dict of tensors: expected one of Meta's shards")
+    mapped_at = 0
+    if storages := [tensor.untyped_storage() for tensor in shard.values() if tensor.numel()]:
+        found = {(storage.data_ptr(), storage.nbytes()) for storage in storages}
+        first = min(found)[0]
+        # Where the file is mapped, torch does not tell. Each storage is a record of it.
+        places = [first - start for start, _ in records]
+        fits = [p for p in places if {(address - p, n) for address, n in found} <= records]
+        if not fits:
+            raise ValueError(f"{path} keeps tensors as torch.save never does: download it again")
+        mapped_at = fits[0]
+    return {
+        name: Piece(tensor.detach(), path, mapped_at)
+        for name, tensor in shard.items()
+        if not name.endswith("rope.freqs")
+    }
+
+
+def tensor_records(archive: zipfile.ZipFile) -> set[tuple[int, int]]:
+    """Where in the file the bytes of its storages begin, and their number.
+
+    ValueError unless its records lie as torch.save writes them, one behind the other: torch takes
+    places from the headers of records as they are, and a wrong one would be other weights.
+    """
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+    records = set()
+    for entry, end in zip(entries, ends):
+        archive.fp.seek(entry.header_offset)
+        begin, name_size, extra_size = struct.unpack("<4s22xHH", archive.fp.read(30))
+        name = archive.fp.read(name_size)
+        start = entry.header_offset + 30 + name_size + extra_size
+        # Its size and CRC are repeated after a record that was written before they were known.
+        behind = (16, 24) if entry.flag_bits & 8 and entry.file_size else (0,)
+        if (
+            (begin, name) != (b"PK\3\4", entry.orig_filename.encode())
+            or entry.compress_type != zipfile.ZIP_STORED
+            or end - start - entry.file_size not in behind
+        ):
+            raise ValueError(
+                f"its record {one_line(entry.filename)} is not as torch.save writes it"
+            )
+        if "/data/" in entry.filename:
+            records.add((start, entry.file_size))
+        elif entry.file_size > LARGEST_PICKLE:
+            raise ValueError(f"its record {one_line(entry.filename)} is too long")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("it has two records of one name")
+    return records
+
+
+def some_of(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    shown = ", ".join(map(one_line, names[:3]))
+    return shown + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def one_line(name: str) -> str:
+    """A name that a file gives, as a part of one line."""
+    return repr(name[:80])[1:-1]
