@@ -10,17 +10,15 @@ from test_checkpoint import logits
 
 from llama import LLaMA, checkpoint, shards
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-@pytest.fixture
-def fails(make_folder, monkeypatch):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def fails(make_folder, monkeypatch, request):
     """fails(kind, message, happen): a load during which happen(folder) is called fails so."""
 
     def check(kind, message, happen):
         folder, _, _ = make_folder(2)
         threads, refs = torch.get_num_threads(), []
-        before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+        before = torch.cuda.memory_allocated()  # 0 on the CPU
 
         def room_is_checked(model, *_):
             refs.append(weakref.ref(model))
@@ -29,12 +27,11 @@ def fails(make_folder, monkeypatch):
         with monkeypatch.context() as check.patch:
             check.patch.setattr(checkpoint, "check_room", room_is_checked)
             with pytest.raises(kind, match=message) as caught:
-                LLaMA.build(folder, device=DEVICE)
+                LLaMA.build(folder, device=request.param)
         assert "\n" not in str(caught.value)
         assert refs[0]() is None  # though `caught` holds the error
         assert torch.get_num_threads() == threads
-        if DEVICE == "cuda":
-            assert torch.cuda.memory_allocated() == before
+        assert torch.cuda.memory_allocated() == before
         return folder
 
     return check
