@@ -156,7 +156,7 @@ def main(
     Args:
         size: 7B, 13B, 30B or 65B with random weights
         ckpt_dir: a model folder in Meta's format instead
-        tokenizer_path: its tokenizer.model (looked for in the folder and beside it if not given)
+        tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         batches: sequences decoded at once
         lengths: tokens of prompts; the shortest and the longest are also contexts of decoding
         engines: int8, int8 bnb, fp16

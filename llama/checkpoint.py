@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
-from llama.shards import INT8_FORMAT, Piece, open_shards, scratch, some_of
+from llama.shards import INT8_FORMAT, Piece, open_shards, read_params, scratch, some_of
+from llama.tokenizer import Tokenizer
 
 # Values that a thread quantizes at once. 13B on 16 cores: 5.9 s; 2^21: 6.4, 2^20: 10.4, 2^19: 19,
 # since threads wait for Python in between (H200 machine, page cache, 2026-11-23).
@@ -90,8 +91,8 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     shards = open_shards(ckpt_dir)
     if holds_int8(shards) and not use_int8:
         raise ValueError(
-            f"{ckpt_dir} holds int8 weights, but use_int8 is False: pass the folder that they were "
-            "made from"
+            f"{ckpt_dir} holds int8 weights, which do not give fp16 ones (use_int8=False): pass "
+            "the folder that they were made from"
         )
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
@@ -126,13 +127,17 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
 
 
 @torch.inference_mode(False)
-def save_int8(
-    ckpt_dir: Path, params: dict, args: ModelArgs, tokenizer_path: Path, out_dir: Path
-) -> None:
+def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Path) -> None:
     """Writes a model folder's int8 form, whole or not at all: until then it has another name.
     Host memory peaks at two layers in int8 and a few blocks a thread."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    if os.path.lexists(out_dir):
         raise FileExistsError(f"{out_dir} is there already: pass an --out_dir that is not")
+    unfinished = out_dir.with_name(f"{out_dir.name}.unfinished")
+    if os.path.lexists(unfinished):
+        raise FileExistsError(
+            f"{unfinished} is there already: another run writes it, or one was killed; delete it "
+            "then, and run again"
+        )
     shards = open_shards(ckpt_dir)
     if holds_int8(shards):
         raise ValueError(f"{ckpt_dir} holds int8 weights already: load it as it is")
@@ -168,13 +173,11 @@ def save_int8(
         if weight.name == last[i]:
             write(unwritten.pop(i), unfinished / f"consolidated.{i:02d}.pth")
 
-    unfinished = out_dir.with_name(f"{out_dir.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir(parents=True)
     try:
         stream(planned, place, f"Quantizing {ckpt_dir.resolve().name}", args.n_layers, done)
-        shutil.copy(tokenizer_path, unfinished / "tokenizer.model")
-        params = {**params, "int8_format": INT8_FORMAT}
+        shutil.copy(tokenizer.path, unfinished / "tokenizer.model")
+        params = read_params(ckpt_dir) | {"int8_format": INT8_FORMAT}
         (unfinished / "params.json").write_text(json.dumps(params))
         unfinished.rename(out_dir)
     finally:

@@ -9,6 +9,7 @@ abandoned or overlap; threads take turns, a step at a time.
 
 import functools
 import re
+import sys
 import threading
 import traceback
 import warnings
@@ -31,10 +32,10 @@ from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 ENGINES = ("triton", "bnb")
-MOST_FUSED_ROWS = 32  # more are a matter of arithmetic, not of reading weights
+MOST_FUSED_ROWS = 32  # of `kernels.linear`; a step of more reads the weights several times
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
 NO_BUGS = MemoryError, torch.OutOfMemoryError, FloatingPointError, KeyboardInterrupt
-TURN = threading.RLock()  # a CUDA graph is captured while no other thread uses the GPU
+TURN = threading.RLock()  # a model's first call may move weights, and its GPU has one stream
 
 
 def in_turn(steps: Callable[..., Iterator]) -> Callable[..., Iterator]:
@@ -90,7 +91,7 @@ class LLaMA:
             max_batch_size: most prompts continued at once
             use_int8: False keeps the weights in fp16 (float32 on the CPU)
             device: cuda, cuda:1 or cpu (CUDA if there is any)
-            engine: triton, or bnb to decode with bitsandbytes' product, the reference
+            engine: on CUDA in int8: triton, or bnb for bitsandbytes' product, the reference
         """
         if not isinstance(use_int8, bool):
             raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
@@ -100,17 +101,16 @@ class LLaMA:
             raise ValueError("ckpt_dir is empty: pass the model folder, e.g. --ckpt_dir /w/13B")
         folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
         target = pick_device(device, use_int8)
-        params = shards.read_params(folder)
-        tokenizer = Tokenizer(tokenizer_path or shards.tokenizer_of(folder))
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        args = shards.model_args(params, tokenizer.n_words, **limits)
+        args, tokenizer = shards.read_model(folder, tokenizer_path, **limits)
         encode(prompts, tokenizer, args.max_seq_len)
         if engine == "triton" and target.type == "cuda" and use_int8:
-            engine = engine_for(target)
+            engine = engine_for(target, args.head_dim)
+        before = sys.exc_info()[1]  # where we are called while an error is handled
         try:
             model = checkpoint.load(folder, args, target, use_int8)
         except BaseException as error:
-            forget(error)
+            forget(error, before)
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise MemoryError(
@@ -328,26 +328,33 @@ class LLaMA:
         """What computes logits (1, V) from the tokens (T,) of a prompt and its row, what computes
         logits (B, V) from tokens (B,) at positions (B,), and whether a CUDA graph can hold that:
         bitsandbytes' product cannot, it asks the host for the outliers."""
-        model, fused = self.model, self._fused(cache)
+        model = self.model
+        parts = [self._fused(part) for part in cache.split(MOST_FUSED_ROWS)]
+
+        if parts[0] is None:
+            rows = cache.split(1)
+
+            def prefill(tokens: Tensor, row: int) -> Tensor:
+                return model(tokens[None], 0, rows[row])
+
+            def step(tokens: Tensor, positions: Tensor) -> Tensor:
+                return model(tokens[:, None], positions, cache)
+
+            return prefill, step, cache.k.is_cuda and not isinstance(model.output, Int8Linear)
 
         def prefill(tokens: Tensor, row: int) -> Tensor:
-            return model(tokens[None], 0, cache.row(row))
+            return parts[row // MOST_FUSED_ROWS].prefill(tokens, row % MOST_FUSED_ROWS)
 
         def step(tokens: Tensor, positions: Tensor) -> Tensor:
-            return model(tokens[:, None], positions, cache)
+            each = zip(parts, tokens.split(MOST_FUSED_ROWS), positions.split(MOST_FUSED_ROWS))
+            return torch.cat([part.step(*of) for part, *of in each])
 
-        if fused is None:
-            return prefill, step, cache.k.is_cuda and not isinstance(model.output, Int8Linear)
-        if cache.batch > MOST_FUSED_ROWS:
-            return fused.prefill, step, False
-        return fused.prefill, fused.step, True
+        return prefill, step if len(parts) > 1 else parts[0].step, True
 
     def _fused(self, cache: KVCache):
         """A `fused.Fused` where our kernels run, else None."""
-        head_dim = self.model.args.head_dim
         int8 = isinstance(self.model.output, Int8Linear)
-        power_of_2 = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-        if not (int8 and cache.k.is_cuda and self.engine == "triton" and power_of_2):
+        if not (int8 and cache.k.is_cuda and self.engine == "triton"):
             return None
         from llama.fused import Fused  # Triton comes with torch's CUDA build alone
 
@@ -389,10 +396,11 @@ def fetch(values: Tensor) -> Callable[[], list[int]]:
     return wait
 
 
-def forget(error: BaseException | None) -> None:
+def forget(error: BaseException | None, before: BaseException | None) -> None:
     """Lets go of what the frames of an error hold, a model half loaded: a notebook keeps the error
-    until the next one. What torch's pool then has free goes back to the driver."""
-    while error:
+    until the next one. Frames of the error `before` it are not ours. What torch's pool then has
+    free goes back to the driver."""
+    while error and error is not before:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
     torch.cuda.empty_cache()  # does nothing where CUDA was not started
@@ -445,10 +453,15 @@ def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.devi
         raise ValueError(f"device is {target}, expected cuda, cuda:1 or cpu")
     if target.type == "cpu":
         return target
-    if not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count():
+    if not torch.cuda.is_available():
         raise ValueError(
-            f"device is {target}, but torch {torch.__version__} sees {torch.cuda.device_count()} "
-            "CUDA devices: install a CUDA build of torch and the driver, or pass --device=cpu"
+            f"device is {target}, but torch {torch.__version__} sees no CUDA GPU: install a CUDA "
+            "build of torch and the driver, or pass --device=cpu"
+        )
+    if (target.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device is {target}, expected one of cuda:0 to cuda:{count - 1}: those are all that "
+            "torch sees"
         )
     from bitsandbytes.cextension import lib
 
@@ -460,14 +473,14 @@ def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.devi
     return target
 
 
-def engine_for(device: torch.device) -> str:
-    """Whose product decodes: ours, or with a warning bitsandbytes' where ours does not run."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        warnings.warn(
-            f"{device} has compute capability {capability[0]}.{capability[1]}, our kernels need "
-            "8.0: bitsandbytes decodes instead, slower",
-            stacklevel=3,
-        )
-        return "bnb"
-    return "triton"
+def engine_for(device: torch.device, head_dim: int) -> str:
+    """ "triton" where our kernels run; elsewhere "bnb", and a warning says why."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        reason = f"{device} has compute capability {major}.{minor}, our kernels need 8.0"
+    elif head_dim < 16 or head_dim & (head_dim - 1):
+        reason = f"attention heads are {head_dim} wide, our kernels need a power of 2, at least 16"
+    else:
+        return "triton"
+    warnings.warn(f"{reason}: bitsandbytes multiplies instead, slower", stacklevel=3)
+    return "bnb"

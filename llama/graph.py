@@ -12,7 +12,7 @@ from torch import Tensor
 
 def captured(step: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
     """step as a CUDA graph. It is run once to compile and warm up; `state`, the tensors that it
-    changes and reads again, is put back afterwards."""
+    changes and reads again, is put back afterwards. Other threads may use the GPU meanwhile."""
     before = [tensor.clone() for tensor in state]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -20,7 +20,8 @@ def captured(step: Callable[[], None], state: list[Tensor]) -> Callable[[], None
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Torch's own stream for captures stays on the GPU that captured first in this process.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     for tensor, value in zip(state, before):
         tensor.copy_(value)

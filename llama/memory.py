@@ -13,7 +13,6 @@ from llama.cli import run
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
 from llama.room import GIB, free_bytes, need
-from llama.tokenizer import Tokenizer
 
 SIZES = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
@@ -28,6 +27,7 @@ CONTEXT = 0.5  # GiB that the driver counts for CUDA and its libraries before th
 def main(
     size: str = "13B",
     ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
     max_batch_size: int = 1,
     max_seq_len: int = 2048,
 ):
@@ -36,6 +36,7 @@ def main(
     Args:
         size: 7B, 13B, 30B or 65B
         ckpt_dir: a model folder instead
+        tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         max_batch_size: sequences at once
         max_seq_len: their length in tokens, prompt and continuation
     """
@@ -45,10 +46,7 @@ def main(
             raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
         args = ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
     else:
-        folder = Path(ckpt_dir).expanduser()
-        params = shards.read_params(folder)
-        path = shards.tokenizer_of(folder)
-        args = shards.model_args(params, Tokenizer(path).n_words, **limits)
+        args, _ = shards.read_model(Path(ckpt_dir).expanduser(), tokenizer_path, **limits)
     with torch.device("meta"):
         models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
     int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)

@@ -105,11 +105,14 @@ class KVCache:
     def length(self) -> int:
         return self.k.shape[2]
 
-    def row(self, b: int) -> "KVCache":
-        """The cache of sequence b alone; it shares this one's memory."""
-        view = copy.copy(self)
-        view.k, view.v = self.k[:, b : b + 1], self.v[:, b : b + 1]
-        return view
+    def split(self, rows: int) -> list["KVCache"]:
+        """Caches of so many sequences each, the last one of the rest; they share this one's
+        memory."""
+        parts = []
+        for k, v in zip(self.k.split(rows, 1), self.v.split(rows, 1)):
+            parts.append(copy.copy(self))
+            parts[-1].k, parts[-1].v = k, v
+        return parts
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v (B, T, Hkv, K) at positions (B, T); returns all the layer has of both,

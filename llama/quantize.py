@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llama import checkpoint, shards
 from llama.cli import run
-from llama.tokenizer import Tokenizer
 
 
 def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
@@ -18,13 +17,10 @@ def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
     Args:
         ckpt_dir: a model folder in Meta's format
         out_dir: the folder to write, which must not be there yet
-        tokenizer_path: its tokenizer.model (looked for in the folder and beside it if not given)
+        tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
     """
     folder, out = Path(ckpt_dir).expanduser(), Path(out_dir).expanduser()
-    params = shards.read_params(folder)
-    path = Path(tokenizer_path or shards.tokenizer_of(folder)).expanduser()
-    args = shards.model_args(params, Tokenizer(path).n_words)
-    checkpoint.save_int8(folder, params, args, path, out)
+    checkpoint.save_int8(folder, *shards.read_model(folder, tokenizer_path), out)
     print(f"Wrote {out}", file=sys.stderr)
 
 

@@ -78,7 +78,7 @@ def work_bytes(args: ModelArgs, batch: int, length: int) -> int:
     residual, heads = 4 * D, 2 * D  # float32, fp16
     codes = 5 * (D + F)  # kernels.quant_room: fp16, its codes, what was kept apart
     prefill = length * (residual + heads + codes + 2 * qkv + 2 * 2 * F)
-    rows = 16 if batch <= 16 else batch  # of a tensor core
+    rows = 16 if batch <= 16 else -(-batch // 32) * 32  # of tensor cores
     sums = 32 * rows * max(V, 3 * D, F)  # of kernels.linear_buffers
     splits = 4 * batch * args.n_heads * 32 * (args.head_dim + 2)  # of kernels.attend_buffers
     sampling = 64 * batch * V  # logits, probabilities, their order and sums, in and beside a graph

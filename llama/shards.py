@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llama.model import ModelArgs
+from llama.tokenizer import Tokenizer
 
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
 # What is found in place of a shard, by its first bytes.
@@ -93,14 +94,21 @@ def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
     return buffers[name][: count * dtype.itemsize].view(dtype)
 
 
-def tokenizer_of(ckpt_dir: Path) -> Path:
-    """In the folder or, as Meta has it, beside it."""
-    beside = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
-    return next((path for path in beside if path.is_file()), beside[0])
+def read_model(
+    ckpt_dir: Path, tokenizer_path: str | Path | None, **limits: int
+) -> tuple[ModelArgs, Tokenizer]:
+    """What model a folder holds, with max_seq_len and max_batch_size, and its tokenizer: where it
+    is not given the one in the folder or, as Meta has it, beside it. Errors as those of the two."""
+    params = read_params(ckpt_dir)
+    if tokenizer_path is None:
+        near = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
+        tokenizer_path = next((path for path in near if path.is_file()), near[0])
+    tokenizer = Tokenizer(tokenizer_path)
+    return model_args(params, tokenizer.n_words, **limits), tokenizer
 
 
 def read_params(ckpt_dir: Path) -> dict:
-    """The keys of params.json that `ModelArgs` knows; a warning names the others."""
+    """What params.json says of the model; OSError or ValueError if it does not or cannot."""
     if not ckpt_dir.is_dir():
         found = "is a file" if ckpt_dir.exists() else "does not exist"
         raise FileNotFoundError(
@@ -137,14 +145,16 @@ def read_params(ckpt_dir: Path) -> dict:
             f"{path} is of int8 format {version!r}, this program reads {INT8_FORMAT}: take a newer "
             "one, or quantize the model again"
         )
-    known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
-    if unknown := sorted(set(params) - known):
-        warnings.warn(f"{path}: unknown keys are ignored: {some_of(unknown)}", stacklevel=2)
-    return {key: params[key] for key in known & set(params)}
+    return params
 
 
 def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
-    """`params` completed and checked; ValueError says what is missing or cannot be."""
+    """`params` completed and checked; ValueError says what is missing or cannot be, a warning what
+    is not known."""
+    known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
+    if unknown := sorted(set(params) - known):
+        warnings.warn(f"params.json: unknown keys are ignored: {some_of(unknown)}", stacklevel=4)
+    params = {key: value for key, value in params.items() if key in known}
     if params.get("vocab_size", -1) == -1:
         params = {**params, "vocab_size": vocab_size}
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]

@@ -15,7 +15,7 @@ LARGEST = 2**26  # bytes read of a file: Meta's has 2**19
 class Tokenizer:
     def __init__(self, model_path: str | Path):
         """FileNotFoundError or ValueError, each with what to pass instead."""
-        path = Path(model_path).expanduser()
+        self.path = path = Path(model_path).expanduser()
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(

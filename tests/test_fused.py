@@ -6,7 +6,7 @@ import torch
 from checkpoints import random_weights, tiny_params
 from test_model import float_model
 
-from llama import LLaMA, Transformer
+from llama import LLaMA, Transformer, generation
 from llama.int8 import allocate, join, quantize
 from llama.model import KVCache
 from llama.settings import Settings
@@ -86,6 +86,30 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatc
         assert (mine - other)[:, :, :8].float().std() < 1e-2 * other.float().std()
 
 
+@torch.inference_mode()
+def test_a_step_of_many_rows_is_one_of_each_group(monkeypatch):
+    """Bit for bit that of a batch of each group's size; a row has logits of its own."""
+    torch.manual_seed(0)
+    params = tiny_params(**SMALL)
+    model = int8_model(params, random_weights(params, vocab_size=50))
+    llm, half = LLaMA(model, None), model.norm.weight.half()
+    monkeypatch.setattr(LLaMA, "_fused", lambda self, cache: fused.Fused(self.model, cache))
+    monkeypatch.setattr(generation, "MOST_FUSED_ROWS", 2)
+    prompts = torch.randint(3, 50, (5, 4), device=DEVICE)
+    tokens = torch.randint(3, 50, (5,), device=DEVICE)
+    positions = torch.full((5,), 4, device=DEVICE)
+
+    def logits(rows):
+        prefill, step, _ = llm._engine(KVCache(model.args, len(prompts[rows]), 8, half))
+        first = torch.cat([prefill(prompt, row) for row, prompt in enumerate(prompts[rows])])
+        return torch.cat([first, step(tokens[rows], positions[rows])], 1)
+
+    together = logits(slice(None))
+    apart = torch.cat([logits(slice(first, first + 2)) for first in (0, 2, 4)])
+    assert torch.equal(together, apart)
+    assert len(together.unique(dim=0)) == 5
+
+
 def test_step_is_as_exact_as_int8_weights_allow():
     """Against the float64 oracle on the weights that the codes stand for, so that what is left is
     the step's own rounding."""
@@ -120,8 +144,6 @@ def test_joined_layers_are_views_of_one_matrix():
 
 @pytest.mark.cuda
 def test_graph_equals_eager_bit_for_bit(monkeypatch):
-    from llama import generation
-
     llm = LLaMA.build(device="cuda")
     prompts = ["Once upon a time", "The king", "A fox"]
     settings = {"max_gen_len": 60, "seed": 4, "repetition_penalty": 1.2}
@@ -168,6 +190,17 @@ def test_batch_sizes_agree():
         seen.append(logits[0].clone())
     for logits in seen[1:]:
         assert (logits - seen[0]).std() < 4e-3 * seen[0].std()
+
+
+@pytest.mark.cuda
+def test_more_rows_than_a_kernel_takes():
+    """Each group of 32 decodes as a batch of its own does."""
+    llm = LLaMA.build(device="cuda", max_batch_size=40)
+    prompts = [f"The {word}" for word in "king queen fox wolf cat old young good".split()] * 5
+    together = llm.generate(prompts, 20, temperature=0)
+    apart = llm.generate(prompts[:32], 20, temperature=0)
+    apart += llm.generate(prompts[32:], 20, temperature=0)
+    assert together == apart
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@ process works on, even while a notebook keeps the error."""
 
 import errno
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -91,6 +92,23 @@ def test_gpu_out_of_memory(fails):
         fails.patch.setattr(checkpoint, "allocate", some)
 
     fails(MemoryError, "ran out of memory while the model was loaded", happen)
+
+
+def test_an_error_that_was_there_before_keeps_its_frames():
+    """A debugger shows their variables, and a generator among them goes on."""
+
+    def own():
+        mine = "kept"
+        raise KeyError(mine)
+
+    try:
+        own()
+    except KeyError as error:
+        with pytest.raises(FileNotFoundError):
+            LLaMA.build("/nowhere")
+        with pytest.raises(MemoryError), patch.object(checkpoint, "load", side_effect=MemoryError):
+            LLaMA.build(device="cpu")
+        assert error.__traceback__.tb_next.tb_frame.f_locals == {"mine": "kept"}
 
 
 def test_matrices_stored_otherwise(make_folder):

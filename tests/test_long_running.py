@@ -196,6 +196,24 @@ def test_threads_that_share_a_model_each_get_what_they_would_alone(device):
     next(left)
 
 
+@pytest.mark.cuda
+def test_another_threads_own_work_on_the_gpu_does_not_disturb_a_capture():
+    """It takes and frees memory of the driver, which ends a capture that all threads share."""
+    llm, over = LLaMA.build(device="cuda"), threading.Event()
+    expected = llm.generate(PROMPTS, 20, seed=1)
+
+    def work(i):
+        if i == 0:
+            results = [llm.generate(PROMPTS, 20, seed=1) for _ in range(20)]
+            over.set()
+            return results == [expected] * 20
+        while not over.is_set():
+            torch.ones(2**24, device="cuda").sum().item()
+            torch.cuda.empty_cache()
+
+    assert in_threads(work, 2) == [True, None]
+
+
 def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
     """None waits for the end of another's text, and no two are in the model at once."""
     forward, inside, order, most = demo.model.forward, [], [], set()

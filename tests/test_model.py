@@ -85,7 +85,7 @@ def test_own_positions_in_one_batch_equal_one_by_one():
     prompts = [TOKENS[:9], TOKENS[:3], TOKENS[:6]]
     cache = KVCache(model.args, 3, 20, model.tok_embeddings.weight)
     for row, prompt in enumerate(prompts):
-        model(torch.tensor([prompt]), 0, cache.row(row))
+        model(torch.tensor([prompt]), 0, cache.split(1)[row])
     together = model(torch.tensor([[40], [41], [42]]), torch.tensor([9, 3, 6]), cache)
     for row, prompt in enumerate(prompts):
         alone = model(torch.tensor([[*prompt, 40 + row]]), 0)
