@@ -6,6 +6,7 @@ python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model --max_ba
 
 from llama import LLaMA, Settings
 from llama.cli import printable, run
+from llama.generation import row_seed
 
 prompts = [
     "Once upon a time there was a little fox who",
@@ -14,23 +15,21 @@ prompts = [
 ]
 
 
-def main(model: dict, settings: dict, max_gen_len: int = 256):
-    """Continues the prompts in example.py.
-
-    Args:
-        max_gen_len: longest continuation, in tokens
-    """
-    Settings(max_gen_len, **settings)  # checked before the weights are loaded, as prompts are
+def main(model: dict, settings: dict):
+    """Continues the prompts in example.py."""
+    Settings(**settings)  # checked before the weights are loaded, as prompts are
     llm = LLaMA.build(**model, prompts=prompts)
     if len(prompts) == 1:
         print(printable(prompts[0]), end="", flush=True)
-        for piece in llm.stream(prompts[0], max_gen_len, **settings):
+        for piece in llm.stream(prompts[0], **settings):
             print(printable(piece), end="", flush=True)
         print()
         return
-    size = llm.model.args.max_batch_size
+    size, seed = llm.model.args.max_batch_size, settings.get("seed")
     for first in range(0, len(prompts), size):
-        for text in llm.generate(prompts[first : first + size], max_gen_len, **settings):
+        if seed is not None:
+            settings["seed"] = row_seed(seed, first)
+        for text in llm.generate(prompts[first : first + size], **settings):
             print(printable(text))
             print("\n==================================\n")
 

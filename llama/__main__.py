@@ -34,6 +34,8 @@ def read_prompts(path: str) -> list[str]:
             if not isinstance(line, str):
                 raise ValueError(f'{path}, line {n}: expected a string or {{"prompt": "..."}}')
         prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: pass a file with a prompt a line")
     return prompts
 
 
@@ -106,11 +108,15 @@ def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None
         except KeyboardInterrupt:
             print("\nCtrl-D leaves.", file=sys.stderr)
             continue
+        except UnicodeDecodeError as error:
+            print(f"error: that is no {error.encoding} text: type it again", file=sys.stderr)
+            continue
         try:
             if prompt:
                 answer(llm, [prompt], settings, json, logprobs)
         except KeyboardInterrupt:
-            print()
+            if not json:
+                print()
             print("stopped", file=sys.stderr)
         except (ValueError, MemoryError, FloatingPointError) as error:
             print(printable(f"error: {error}"), file=sys.stderr)
@@ -124,23 +130,25 @@ def main(
     interactive: bool = False,
     json: bool = False,
     logprobs: bool = False,
-    max_gen_len: int = 256,
 ):
     """Continues prompts with LLaMA in INT8.
 
     Args:
-        prompt: text to continue, may be given several times; - is all of standard input
+        prompt: text to continue; several may be given; - is all of standard input
         prompt_file: file with a prompt a line, as JSON if it ends in .jsonl; - is standard input
         interactive: keeps the model loaded and continues what is typed
-        json: prints a JSON object for each prompt
+        json: a line of JSON for each prompt: text is what was added, tokens its ids with those of
+            a stop string, finish_reason stop, length or eos, seconds that its batch took
         logprobs: with --json, adds the log-probability of each new token
-        max_gen_len: longest continuation, in tokens
     """
-    settings = Settings(max_gen_len, **settings)
+    settings = Settings(**settings)
     if logprobs and not json:
         raise ValueError("--logprobs is a part of what --json prints: add --json")
+    if [*prompt, prompt_file].count("-") + interactive > 1 and "-" in [*prompt, prompt_file]:
+        raise ValueError("- is all of standard input, which can be read once: pass it alone")
     prompts = [read_text("-") if text == "-" else text for text in prompt]
-    prompts += read_prompts(prompt_file) if prompt_file else []
+    if prompt_file:
+        prompts += read_prompts(prompt_file)
     if not prompts and not interactive:
         raise ValueError(
             "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive"

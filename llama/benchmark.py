@@ -146,9 +146,9 @@ def main(
     size: str = "13B",
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
-    batches: tuple = BATCHES,
-    lengths: tuple = LENGTHS,
-    engines: tuple = tuple(ENGINES),
+    batches: list[int] = BATCHES,
+    lengths: list[int] = LENGTHS,
+    engines: list[str] = tuple(ENGINES),
     json: str | None = None,
 ):
     """Times start, prefill and decoding on CUDA.

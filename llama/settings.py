@@ -24,12 +24,12 @@ class Settings:
         repetition_penalty_range: how many of the last tokens count as already there
         repetition_penalty_slope: above 0 penalizes the older of them less
         seed: the same seed gives a prompt the same text in the same place of the list
-        stop: text before which a continuation ends
+        stop: text before which a continuation ends; several may be given
         top_k: draws from so many of the most likely tokens; 0 from all
         min_p: draws from tokens at least this fraction as likely as the most likely one
     """
 
-    max_gen_len: int
+    max_gen_len: int = 256
     temperature: float = 0.8
     top_p: float = 0.95
     repetition_penalty: float = 1.0

@@ -51,12 +51,16 @@ def test_a_single_prompt_streams():
 def test_edited_prompts_run_in_batches(tmp_path):
     text = (ROOT / "example.py").read_text()
     start, end = text.index("prompts = ["), text.index("]\n", text.index("prompts = ["))
-    edited = text[:start] + 'prompts = ["One day", "The king", "A fox"' + text[end:]
+    edited = text[:start] + 'prompts = ["The fox", "The fox", "The king"' + text[end:]
     (tmp_path / "mine.py").write_text(edited)
-    done = run("--max_batch_size=2", "--max_gen_len=5", script=tmp_path / "mine.py")
-    assert done.returncode == 0, done.stderr
-    texts = [t.strip() for t in done.stdout.split("==================================")]
-    assert [t[:5] for t in texts] == ["One d", "The k", "A fox", ""]
+    texts = []
+    for batch in (2, 3):
+        settings = [f"--max_batch_size={batch}", "--max_gen_len=8", "--seed=3"]
+        done = run(*settings, script=tmp_path / "mine.py")
+        assert done.returncode == 0, done.stderr
+        texts.append([t.strip() for t in done.stdout.split("==================================")])
+    assert [t[:5] for t in texts[0]] == ["The f", "The f", "The k", ""]
+    assert texts[0][0] != texts[0][1] and texts[0] == texts[1]
 
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_status_1():
@@ -73,7 +77,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1():
         (["--max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
         (["--max-genlen", "5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
         (["-max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
-        (["x"] * 20, "Could not consume arg: x (see --help)"),
+        (["x"] * 20, "'x' belongs to no flag: write --NAME=VALUE, see --help"),
         (["--zzz"], "unknown flag --zzz: see --help"),
         (["--ckpt_dir", str(ROOT)], "no consolidated.*.pth in"),
         (["--tokenizer_path", str(ROOT / "setup.py")], "is not a sentencepiece model"),

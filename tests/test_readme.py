@@ -30,7 +30,8 @@ def test_every_command_is_known():
     assert COMMANDS == [
         "pip install -r requirements.txt && python example.py",  # .ci/run
         'python -m llama --prompt "The king" --prompt "The fox" --stop . --max_gen_len 40',
-        "python -m llama --prompt_file prompts.txt --json --logprobs > results.jsonl",
+        r"printf 'The king\nThe fox\n' | python -m llama --prompt_file - --json --logprobs"
+        " > results.jsonl",
         "python -m llama --interactive",  # test_main.py
         'pip install -r requirements.txt -e ".[test]" && python -m pytest',  # .ci/run
         "PRESIGNED_URL='https://...' ./download.sh 7B,13B /w",  # test_download.py
@@ -55,10 +56,9 @@ def shell(command, cwd):
 def test_commands_with_prompts(tmp_path):
     king, fox, _ = shell(COMMANDS[1], tmp_path).split("\n\n==================================\n\n")
     assert king.startswith("The king") and fox.startswith("The fox") and "." not in king + fox
-    (tmp_path / "prompts.txt").write_text("One day\nThe fox\n")
-    shell(COMMANDS[2] + " --max_gen_len 5", tmp_path)
+    shell(COMMANDS[2].replace("--json", "--max_gen_len 5 --json"), tmp_path)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
-    assert [result["prompt"] for result in results] == ["One day", "The fox"]
+    assert [result["prompt"] for result in results] == ["The king", "The fox"]
     assert all(len(result["logprobs"]) == 5 for result in results)
 
 
