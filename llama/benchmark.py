@@ -22,9 +22,9 @@ from torch import nn
 from llama.cli import run
 from llama.generation import DEMO, LLaMA
 from llama.int8 import Int8Linear, allocate
-from llama.memory import SIZES, VOCABULARY
-from llama.model import KVCache, ModelArgs, Transformer, rotation_table
-from llama.room import GIB, cache_bytes, weight_bytes
+from llama.memory import args_of
+from llama.model import KVCache, Transformer, check, rotation_table
+from llama.room import GIB, cache_bytes, check_room, weight_bytes
 from llama.tokenizer import Tokenizer
 
 OUTLIERS = [7, 300, 1021, 2049, 3333]
@@ -33,6 +33,8 @@ NORM = 0.5  # norm weights of the other features
 LENGTHS = (128, 512, 1900)
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 32
+CONTEXT = 2048  # tokens, which LLaMA was trained with
+DEVICE = torch.device("cuda")
 REPEATS = 5
 ENGINES = {"int8": (True, "triton"), "int8 bnb": (True, "bnb"), "fp16": (False, "triton")}
 
@@ -52,12 +54,13 @@ print(json.dumps([*times, time.time()]))
 
 
 def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
-    args = ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, max_seq_len=2048)
+    """MemoryError if it does not fit."""
+    args = args_of(size, max_seq_len=CONTEXT, max_batch_size=1)
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
-    device = torch.device("cuda")
+    check_room(model, DEVICE, torch.float16)
     for group in model.linears() if use_int8 else ():
-        allocate(group, device)
+        allocate(group, DEVICE)
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.state.CB.random_(-127, 128)
@@ -65,20 +68,20 @@ def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
             module.state.SCB.fill_(127 / 73 / module.in_features**0.5)
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.full(parameter.shape, NORM, dtype=torch.float16, device=device)
+            value = torch.full(parameter.shape, NORM, dtype=torch.float16, device=DEVICE)
             if parameter.dim() == 1:
                 value[OUTLIERS] = OUTLIER
             else:
                 embedding = module is model.tok_embeddings
                 value.normal_(0, 1 if embedding else parameter.shape[1] ** -0.5)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
-    model.rotation = rotation_table(args, device)
+    model.rotation = rotation_table(args, DEVICE)
     return LLaMA(model, Tokenizer(DEMO / "tokenizer.model"), engine)
 
 
 def read_bandwidth() -> float:
     """Bytes a second at which a plain reduction of torch reads 4 GiB."""
-    x = torch.ones(GIB, device="cuda")
+    x = torch.ones(GIB, device=DEVICE)
     return x.nbytes / seconds(lambda: x.sum())
 
 
@@ -100,7 +103,7 @@ def build(
     use_int8, engine = ENGINES[name]
     if ckpt_dir is None:
         return random_model(size, use_int8, engine)
-    return LLaMA.build(ckpt_dir, tokenizer_path, 2048, 32, use_int8, "cuda", engine)
+    return LLaMA.build(ckpt_dir, tokenizer_path, CONTEXT, 1, use_int8, DEVICE, engine)
 
 
 def prefill_seconds(llm: LLaMA, length: int) -> float:
@@ -157,17 +160,21 @@ def main(
         size: 7B, 13B, 30B or 65B with random weights
         ckpt_dir: a model folder in Meta's format instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
-        batches: sequences decoded at once
+        batches: sequences decoded at once, as 1,8,32
         lengths: tokens of prompts; the shortest and the longest are also contexts of decoding
-        engines: int8, int8 bnb, fp16
+        engines: int8, int8 bnb or fp16; several may be given
         json: a file to write the figures to as well
     """
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
-    if ckpt_dir is None and size not in SIZES:
-        raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
+    if ckpt_dir is None:
+        args_of(size)  # its error before anything long
     if unknown := [name for name in engines if name not in ENGINES]:
         raise ValueError(f"engines has {unknown[0]!r}, expected some of {', '.join(ENGINES)}")
+    for length in lengths:
+        check("lengths", length, int, 1, CONTEXT - NEW_TOKENS)
+    for batch in batches:
+        check("batches", batch, int, 1, 2**20)
     model_of = (size, ckpt_dir, tokenizer_path)
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
@@ -187,7 +194,11 @@ def main(
         used_before = used_bytes()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        llm = build(name, *model_of)
+        try:
+            llm = build(name, *model_of)
+        except MemoryError as error:
+            print(f"{name}: left out, {error}", flush=True)
+            continue
         torch.cuda.synchronize()
         if ckpt_dir:
             say(f"{name}: load", time.perf_counter() - started, "s")
@@ -201,7 +212,11 @@ def main(
         note = f" ({driver:.2f} GiB with torch's pool)"
         say(f"{name}: GPU memory with one sequence of {max(lengths)} tokens", peak, "GiB", note)
         for context, batch in itertools.product((min(lengths), max(lengths)), batches):
-            took = step_seconds(llm, batch, context)
+            try:
+                took = step_seconds(llm, batch, context)
+            except MemoryError as error:
+                print(f"{name}: left out, {error}", flush=True)
+                continue
             cached = cache_bytes(args, batch, context + NEW_TOKENS // 2, torch.float16)
             rate = (read + cached) / took / bandwidth
             say(
@@ -231,13 +246,12 @@ def used_bytes() -> int:
 
 
 def compare(figures: dict, ours: str, theirs: str) -> None:
-    """Prints how often each of our figures goes into theirs, or theirs into it: 2 is twice as
-    fast."""
-    for key in [key for key in figures if key.startswith(f"{ours}: ") and "bandwidth" not in key]:
-        other = key.replace(ours, theirs, 1)
-        if other in figures:
+    """Prints how many times as fast ours is in each figure that both have."""
+    for key in [key for key in figures if key.startswith(f"{ours}: ")]:
+        other, unit = key.replace(ours, theirs, 1), key.rpartition(", ")[2]
+        if other in figures and unit in ("tokens/s", "ms", "s"):
             ratio = figures[key] / figures[other]
-            ratio = ratio if "tokens/s" in key else 1 / ratio
+            ratio = ratio if unit == "tokens/s" else 1 / ratio
             what = key.removeprefix(f"{ours}: ").rsplit(",", 1)[0]
             print(f"{ours} against {theirs}: {what}: {ratio:.2f}x")
 

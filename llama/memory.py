@@ -24,6 +24,13 @@ VOCABULARY = 32000
 CONTEXT = 0.5  # GiB that the driver counts for CUDA and its libraries before the first weight
 
 
+def args_of(size: str, **limits: int) -> ModelArgs:
+    """Those of Meta's LLaMA of this size; ValueError if there is none."""
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
+    return ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
+
+
 def main(
     size: str = "13B",
     ckpt_dir: str | None = None,
@@ -42,9 +49,7 @@ def main(
     """
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
     if ckpt_dir is None:
-        if size not in SIZES:
-            raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
-        args = ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
+        args = args_of(size, **limits)
     else:
         args, _ = shards.read_model(Path(ckpt_dir).expanduser(), tokenizer_path, **limits)
     with torch.device("meta"):

@@ -50,7 +50,7 @@ def test_every_number_is_here():
     assert set(Settings.__dataclass_fields__) - others == set(RANGES)
 
 
-@pytest.mark.parametrize("name, value", ends(), ids=str)
+@pytest.mark.parametrize("name, value", list(ends()), ids=str)
 def test_ends_of_a_range(name, value, demo):
     settings = {"max_gen_len": 3, "temperature": 1.0, "seed": 1, "repetition_penalty": 1.2}
     prompt = "The king " * 250 if name == "max_gen_len" else "The king"
@@ -58,7 +58,7 @@ def test_ends_of_a_range(name, value, demo):
     assert text.startswith(prompt) and len(text) > len(prompt)
 
 
-@pytest.mark.parametrize("name, value", beyond(), ids=str)
+@pytest.mark.parametrize("name, value", list(beyond()), ids=str)
 def test_beyond_a_range(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is .*, expected a") as caught:
         if name in LIMITS:

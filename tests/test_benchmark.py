@@ -1,0 +1,87 @@
+"""Does the benchmark say what it times? Its own code, on the CPU in place of a GPU: figures mean
+nothing here, lines and ratios do."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from llama import benchmark, cli, memory, room
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> exit status, stdout, stderr."""
+    cpu, none = torch.device("cpu"), lambda *_: None
+    monkeypatch.setattr(benchmark, "DEVICE", cpu)
+    monkeypatch.setattr(benchmark, "OUTLIERS", [3])
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(benchmark, "used_bytes", lambda: 0)
+    monkeypatch.setattr(benchmark, "first_token_seconds", lambda *_: {"in all": 2.5})
+    monkeypatch.setitem(memory.SIZES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, none)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        status = 0
+        try:
+            cli.run(benchmark.main)
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+SHORT = ["--size=7B", "--lengths=4,9", "--batches=1,2", "--engines=int8", "--engines=fp16"]
+
+
+def test_figures(run, tmp_path):
+    status, out, err = run(*SHORT, f"--json={tmp_path / 'figures.json'}")
+    assert (status, err) == (0, "")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for engine in ("int8", "fp16"):
+        for batch, context in ((1, 4), (2, 4), (1, 9), (2, 9)):
+            name = f"{engine}: decode at batch {batch}, {context} tokens of context, tokens/s"
+            assert figures[name] > 0 and name.rpartition(",")[0] in out
+    faster = [line for line in out.splitlines() if line.startswith("int8 against fp16: ")]
+    assert len(faster) == 6  # of decoding, two of prefill; memory is no speed
+    name = "prefill of 9 tokens, ms"
+    ratio = figures[f"fp16: {name}"] / figures[f"int8: {name}"]
+    assert f"int8 against fp16: prefill of 9 tokens: {ratio:.2f}x" in faster
+    assert out.endswith("int8: start to first token, in all: 2.5 s\n")
+
+
+def test_what_does_not_fit_is_left_out(run, monkeypatch):
+    need = room.need
+
+    def for_fp16(model, *of):
+        fits = isinstance(model.output, benchmark.Int8Linear)
+        return need(model, *of) if fits else room.Need(2**60, 0, 0)
+
+    monkeypatch.setattr(room, "need", for_fp16)
+    status, out, _ = run(*SHORT)
+    assert status == 0 and "fp16: left out, the model needs" in out
+    assert "int8: decode at batch 2, 9 tokens" in out and "against" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--size=5B"], "size is '5B', expected one of 7B, 13B, 30B, 65B"),
+        (["--engines=fp8"], "engines has 'fp8', expected some of int8, int8 bnb, fp16"),
+        (["--lengths=5000"], "lengths is 5000, expected a whole number, from 1 to 2016"),
+        (["--batches=x"], "batches is 'x', expected a whole number"),
+    ],
+    ids=str,
+)
+def test_mistakes(run, arguments, message):
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
