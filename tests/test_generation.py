@@ -91,13 +91,13 @@ def test_signatures_show_each_setting():
     """What a notebook shows, in the order and with the defaults that callers rely on."""
     shown = str(inspect.signature(LLaMA.generate))
     assert shown.startswith(
-        "(self, prompts: list[str], max_gen_len: int, temperature: float = 0.8, "
+        "(self, prompts: list[str], max_gen_len: int = 256, temperature: float = 0.8, "
         "top_p: float = 0.95, repetition_penalty: float = 1.0, "
         "repetition_penalty_range: int = 1024, repetition_penalty_slope: float = 0.0, "
         "seed: int | None = None, stop: list[str] = (), "
     )
-    with pytest.raises(TypeError, match="missing a required argument: 'max_gen_len'"):
-        LLaMA.generate(None, ["a"])
+    with pytest.raises(TypeError, match="missing a required argument: 'prompts'"):
+        LLaMA.generate(None)
 
 
 def test_logprobs_are_those_of_one_prefill(demo_float):

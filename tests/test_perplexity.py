@@ -84,7 +84,7 @@ def test_interval_covers_the_mean_of_windows_of_known_spread():
         (["--text", TEXT, "--window=1"], "window is 1, expected a whole number, from 2"),
         (["--text", TEXT, "--windows=0"], "windows is 0, expected a whole number, from 1"),
         (["--text", TEXT, "--picture=/nowhere/p.png"], "/nowhere does not exist: pass another"),
-        ([], "required argument: text"),
+        ([], "--text is missing: write --text=VALUE"),
     ],
     ids=str,
 )
