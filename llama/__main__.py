@@ -20,7 +20,7 @@ from llama.settings import Settings
 
 
 def read_prompts(path: str) -> list[str]:
-    """Those of a file: its lines, or in a .jsonl file strings or objects with a "prompt"."""
+    """The prompts of a file: its lines, or in a .jsonl file strings or objects with a "prompt"."""
     prompts = []
     for n, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():

@@ -81,7 +81,7 @@ class Weight:
         return [[part] for parts in split for part in parts]
 
 
-@torch.inference_mode(False)  # whose tensors the workers could not write
+@torch.inference_mode(False)  # other threads could not write tensors that were made in it
 def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) -> Transformer:
     """The model of a folder on `device`, in fp16 (float32 on the CPU) where it is not int8."""
     if device.type == "cuda":
@@ -300,6 +300,8 @@ def check_piece(
     n_shards: int,
     kinds: tuple[torch.dtype, ...],
 ) -> None:
+    """ValueError unless a piece of a tensor of this whole shape has the shape `want`, as by
+    params.json each of so many shards has it, and one of these types."""
     file, tensor = piece.path.name, piece.tensor
     if tensor.dtype not in kinds:
         raise ValueError(
@@ -329,8 +331,8 @@ def stream(
     n_layers: int,
     done: Callable[[Weight], None] = lambda weight: None,
 ) -> int:
-    """Fills the tensors that place(weight) returns, in int8 if they are two: codes and scales.
-    Calls done(weight) in order. Returns the peak of anonymous_bytes()."""
+    """Fills the tensors that place(weight) returns: one with the values, or two with int8 codes and
+    scales. Calls done(weight) in order. Returns the peak of anonymous_bytes()."""
     peak = 0
     workers = min(torch.get_num_threads(), MOST_WORKERS)
     bar = tqdm(

@@ -9,8 +9,8 @@ from llama.tokenizer import Tokenizer
 
 
 class Continuation:
-    """Of one prompt, by at most `limit` tokens. `ids` are all that were generated, those of a stop
-    string included; logprobs, where asked for, has one for each of them."""
+    """What continues one prompt, at most `limit` tokens. `ids` are all that were generated, a stop
+    string's included; `logprobs`, where asked for, has one for each of them."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], limit: int, stop: list[str]):
         self.tokenizer, self.prompt_ids, self.limit, self.stop = tokenizer, prompt_ids, limit, stop

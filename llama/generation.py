@@ -62,6 +62,8 @@ def in_turn(steps: Callable[..., Iterator]) -> Callable[..., Iterator]:
 
 
 class LLaMA:
+    """A model and its tokenizer; `build` makes one from files. engine is one of ENGINES."""
+
     def __init__(self, model: Transformer, tokenizer: Tokenizer, engine: str = "triton"):
         self.model = model
         self.tokenizer = tokenizer
@@ -380,7 +382,7 @@ def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
 
 
 def fetch(values: Tensor) -> Callable[[], list[int]]:
-    """Starts the way of values (B,) to the host; what it returns waits for them."""
+    """Starts to copy values (B,) to the host; the function it returns waits until they arrive."""
     if not values.is_cuda:
         ids = values.tolist()
         return lambda: ids
@@ -427,7 +429,8 @@ def encode(
 
 
 def row_seed(seed: int, row: int) -> int:
-    """Of row 0 in a batch that begins with this row; those of neighbours are far apart."""
+    """The seed with which a batch that begins at this row of a list draws what the whole list
+    would. Those of neighbouring rows are far apart."""
     return (int(seed) + row * 0x9E3779B97F4A7C15) % 2**63
 
 

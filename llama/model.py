@@ -240,6 +240,7 @@ class Transformer(nn.Module):
 
     def __init__(self, args: ModelArgs, linear: type[nn.Linear] = Int8Linear):
         super().__init__()
+        check("vocab_size", args.vocab_size, int, 1, 2**24)
         self.args = args
         # nn.Embedding itself begins with normal_(), which imports torch._dynamo: a second a start.
         table = torch.empty(args.vocab_size, args.dim).uniform_(-1, 1)

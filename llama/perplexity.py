@@ -122,7 +122,7 @@ def main(
     print("|---|---|---|---|---|")
     print(f"| {reference} | {shown(-logprobs[reference], '{:.3f}', math.exp)} | | | |", flush=True)
     llm = LLaMA.build(ckpt_dir, tokenizer_path, **options)
-    both = on.type == "cuda" and llm.engine == ENGINES[0]  # what runs there
+    both = on.type == "cuda" and llm.engine == ENGINES[0]  # or a GPU too old for ours
     for engine in ENGINES if both else [llm.engine]:
         llm.engine = engine
         name = f"int8, {engine}" if on.type == "cuda" else "int8"

@@ -13,6 +13,9 @@ LARGEST = 2**26  # bytes read of a file: Meta's has 2**19
 
 
 class Tokenizer:
+    """`encode` and `decode` as sentencepiece has them: what the model does not know becomes bytes,
+    and the space before a text's first word is not a part of it."""
+
     def __init__(self, model_path: str | Path):
         """FileNotFoundError or ValueError, each with what to pass instead."""
         self.path = path = Path(model_path).expanduser()
