@@ -93,7 +93,9 @@ def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
 
     ValueError if a value is not finite.
     """
-    torch.linalg.vector_norm(x, torch.inf, dim=1, out=SCB)
+    # One core takes 0.12 ns a value for both, 2.7 for a norm or aminmax, which are not vectorized
+    # (AMD EPYC, torch 2.11 and 2.13, 2026-11-23).
+    torch.maximum(x.amax(1), -x.amin(1), out=SCB).abs_()  # of a row of zeros it may be -0
     check_finite(SCB)
     # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.
     CB.copy_(x.mul_(127 / SCB[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round_())
