@@ -1,12 +1,12 @@
-"""How does one run many prompts on many GPUs? python tests/ray_data.py PROMPTS.jsonl FOLDER
+"""How does one run many prompts on many GPUs? python tests/ray_data.py prompts.jsonl results
 
 Ray Data reads the prompts ({"prompt": "..."} a line), keeps one `LLaMA` on each GPU, hands them
 batches as they become free and writes prompts and results as JSON lines to the folder. More
-machines: `ray start` on each. Without a GPU: two actors on the CPU with the demo model.
+machines: `ray start` on each. Further flags go to `LLaMA.build`, --ckpt_dir for one. Without a GPU:
+two actors on the CPU.
 """
 
-import sys
-
+import fire
 import ray
 import torch
 
@@ -36,4 +36,4 @@ def main(prompts: str, folder: str, **options) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    fire.Fire(main)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,12 +17,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="runs Ray Data, which is not installed")
-def test_every_prompt_is_continued_once(tmp_path):
+def test_every_prompt_is_continued_once(tmp_path, make_folder):
+    """By the README's command."""
+    line = re.search(r"^python (tests/ray_data.py .*)$", (ROOT / "README.md").read_text(), re.M)[1]
+    folder, _, _ = make_folder(2)
+    line = line.replace("/w/13B", str(folder)).replace(" results", f" {tmp_path / 'results'}")
+    command = line.replace("prompts.jsonl", str(tmp_path / "prompts.jsonl")).split()
     prompts = [f"Once upon a time {i}" for i in range(20)]
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     done = subprocess.run(
-        [sys.executable, "tests/ray_data.py", tmp_path / "prompts.jsonl", tmp_path / "results"],
+        [sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
         capture_output=True,
