@@ -367,8 +367,9 @@ def stream(
             while running:
                 settle()
                 peak = max(peak, anonymous_bytes())
-        finally:  # after an error nobody waits for the rest
+        finally:  # after an error nobody waits for the rest, or keeps what it was for
             pool.shutdown(wait=False, cancel_futures=True)
+            running.clear()
     return peak
 
 

@@ -26,7 +26,9 @@ from llama import LLaMA
 from llama.room import anonymous_bytes
 
 WORDS = "the king Fox, said\n that 日本 \N{FOX FACE} an  old (bear) . 1891 queen's É".split(" ")
-WARM_UP = 0.3  # of the calls, until every buffer that stays has been taken
+# Of the calls, until every buffer that stays has been taken: on CUDA host memory rises by 36 MiB
+# from call 200 to call 1,600, each kernel's variants being loaded, and by none to call 2,400.
+WARM_UP = 0.5
 
 
 def call(llm: LLaMA, number: int) -> list:
@@ -74,7 +76,7 @@ print(json.dumps(soak.call(soak.LLaMA.build({ckpt_dir!r}, device={device!r}), {n
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": tests},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -103,10 +105,13 @@ def grown(llm: LLaMA, results: dict[int, list], calls: int) -> tuple[int, int]:
     return tuple(after - b for after, b in zip(taken(device), before))
 
 
-def main(calls: int = 2000, ckpt_dir: str | None = None, device: str = "cpu", again: int = 8):
+def main(calls: int = 4000, ckpt_dir: str | None = None, device: str = "cpu", again: int = 8):
     results = dict.fromkeys(random.Random(1).sample(range(calls), again))
     host, gpu = grown(LLaMA.build(ckpt_dir, device=device), results, calls)
-    print(f"{calls} calls: host memory grew {host / 2**20:.1f} MiB, that of the GPU {gpu} bytes")
+    print(
+        f"after {calls} calls host memory is {host / 2**20:.1f} MiB above that after half of them"
+    )
+    print(f"and the tensors of the GPU {gpu} bytes")
     for number, result in results.items():
         same = alone(number, ckpt_dir, device) == result
         print(f"call {number} alone in a fresh process: {'the same' if same else 'ANOTHER RESULT'}")

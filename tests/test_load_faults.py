@@ -2,6 +2,7 @@
 process works on, even while a notebook keeps the error."""
 
 import errno
+import gc
 import weakref
 from unittest.mock import patch
 
@@ -12,13 +13,19 @@ from test_checkpoint import logits
 from llama import LLaMA, checkpoint, shards
 
 
+def count_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def fails(make_folder, monkeypatch, request):
     """fails(kind, message, happen): a load during which happen(folder) is called fails so."""
 
     def check(kind, message, happen):
         folder, _, _ = make_folder(2)
-        threads, refs = torch.get_num_threads(), []
+        LLaMA.build(folder, device=request.param)  # after which torch and bitsandbytes are set up
+        threads, refs, tensors = torch.get_num_threads(), [], count_tensors()
         before = torch.cuda.memory_allocated()  # 0 on the CPU
 
         def room_is_checked(model, *_):
@@ -32,7 +39,7 @@ def fails(make_folder, monkeypatch, request):
         assert "\n" not in str(caught.value)
         assert refs[0]() is None  # though `caught` holds the error
         assert torch.get_num_threads() == threads
-        assert torch.cuda.memory_allocated() == before
+        assert torch.cuda.memory_allocated() == before and count_tensors() == tensors
         return folder
 
     return check
