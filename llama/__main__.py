@@ -8,7 +8,7 @@ import contextlib
 import sys
 import time
 from dataclasses import replace
-from json import JSONDecodeError, dumps, loads
+from json import dumps, loads
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ def read_prompts(path: str) -> list[str]:
         if path.endswith(".jsonl"):
             try:
                 line = loads(line)
-            except (JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {n}, is not JSON ({error}): mend it") from None
             line = line.get("prompt") if isinstance(line, dict) else line
             if not isinstance(line, str):

@@ -10,6 +10,7 @@ ratios within one run compare across machines.
 
 import gc
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -175,6 +176,8 @@ def main(
         check("lengths", length, int, 1, CONTEXT - NEW_TOKENS)
     for batch in batches:
         check("batches", batch, int, 1, 2**20)
+    if json and not os.access(os.path.dirname(json) or ".", os.W_OK):
+        raise OSError(f"{json} cannot be written: pass another --json")
     model_of = (size, ckpt_dir, tokenizer_path)
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
-from llama.shards import INT8_FORMAT, Piece, open_shards, read_params, scratch, some_of
+from llama.shards import INT8_FORMAT, Piece, one_line, open_shards, read_params, scratch, some_of
 from llama.tokenizer import Tokenizer
 
 # Values that a thread quantizes at once. 13B on 16 cores: 5.9 s; 2^21: 6.4, 2^20: 10.4, 2^19: 19,
@@ -115,7 +115,7 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
             return [SCB]
         return [CB] if weight.dtype == torch.int8 else [CB, SCB]
 
-    name = ckpt_dir.resolve().name
+    name = one_line(ckpt_dir.resolve().name)
     peak = stream(planned, place, f"Loading {name}", args.n_layers)
     model.rotation = rotation_table(args, device)
     print(
@@ -162,11 +162,12 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
         path = weight.name.removesuffix(".weight")
         shape, tensors = model.get_parameter(weight.name).shape, unwritten[number[weight.name]]
         if not isinstance(model.get_submodule(path), Int8Linear):
-            tensors[weight.name] = torch.empty(shape, dtype=weight.dtype)
+            tensors[weight.name] = torch.empty(shape, dtype=weight.dtype, device="cpu")
             return [tensors[weight.name]]
-        tensors[weight.name] = torch.empty(shape, dtype=torch.int8)
-        tensors[f"{path}.SCB"] = torch.empty(shape[0])
-        tensors[f"{path}.weight_format"] = torch.tensor(BY_ROWS, dtype=torch.uint8)
+        tensors[weight.name] = torch.empty(shape, dtype=torch.int8, device="cpu")
+        tensors[f"{path}.SCB"] = torch.empty(shape[0], dtype=torch.float32, device="cpu")
+        by_rows = torch.tensor(BY_ROWS, dtype=torch.uint8, device="cpu")
+        tensors[f"{path}.weight_format"] = by_rows
         return [tensors[weight.name], tensors[f"{path}.SCB"]]
 
     def done(weight: Weight) -> None:
@@ -176,7 +177,9 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
 
     unfinished.mkdir(parents=True)
     try:
-        stream(planned, place, f"Quantizing {ckpt_dir.resolve().name}", args.n_layers, done)
+        stream(
+            planned, place, f"Quantizing {one_line(ckpt_dir.resolve().name)}", args.n_layers, done
+        )
         shutil.copy(tokenizer.path, unfinished / "tokenizer.model")
         params = read_params(ckpt_dir) | {"int8_format": INT8_FORMAT}
         (unfinished / "params.json").write_text(json.dumps(params))
@@ -194,6 +197,8 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
     except (OSError, RuntimeError) as error:
         # Torch closes the file nevertheless, and then complains of what it finds.
         cause = error if isinstance(error, OSError) else error.__context__ or error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise OSError(
             f"{path} could not be written ({getattr(cause, 'strerror', type(cause))}), nothing is "
             "left of it: make room on its disk, or pass an --out_dir on another"
@@ -337,6 +342,7 @@ def stream(
     peak = 0
     workers = min(torch.get_num_threads(), MOST_WORKERS)
     bar = tqdm(
+        disable=sys.stderr is None,  # a service, or pythonw
         total=sum(weight.nbytes for weight in planned) / GIB,
         desc=title,
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "

@@ -25,6 +25,7 @@ import fire
 from fire.parser import DefaultParseValue as literal
 
 Flags = Mapping[str, Parameter]
+HOST_IS_FULL = "the host has no memory left: lower --max_batch_size or --max_seq_len"
 DEBUG = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=bool)
 
 
@@ -32,6 +33,11 @@ def run(command: Callable[..., None], **groups: Callable) -> None:
     """Calls command with the flags of the command line. The parameters of a group, a function or a
     class, are flags too: command gets those that were given as a dict of the group's name. Of two
     flags of one name, command's own counts. Every command has --debug."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, mode))
+    if sys.flags.optimize > 1:
+        fail("flags are read from docstrings, which python -OO drops: run it without")
     own = signature(command).parameters
     flags, sentences = {}, {}
     for source in (command, *groups.values()):
@@ -59,7 +65,11 @@ def run(command: Callable[..., None], **groups: Callable) -> None:
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()
-        fail(str(error))
+        fail(str(error) or HOST_IS_FULL)
+    except RuntimeError as error:
+        if debug or "DefaultCPUAllocator" not in str(error):
+            raise
+        fail(HOST_IS_FULL)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -132,10 +142,10 @@ def one_letter(flags: Flags) -> dict[str, str]:
 
 def read_text(path: str) -> str:
     """The text of a file, or of standard input for -, without the line end that is its last."""
-    file = Path(path).expanduser()
-    if path != "-" and not file.is_file():
+    file = Path(os.path.expanduser(path))
+    if path != "-" and (file.is_dir() or not file.exists()):
         found = "is a folder" if file.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {found}: pass a text file, or - for standard input")
+        raise FileNotFoundError(f"{path!r} {found}: pass a text file, or - for standard input")
     content = sys.stdin.buffer.read() if path == "-" else file.read_bytes()
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
@@ -155,5 +165,5 @@ def say(message: Warning | str, *_) -> None:
 
 def fail(message: str, status: int = 1) -> None:
     """Ends the process with one line on stderr."""
-    print(printable(f"error: {message}"), file=sys.stderr)
+    print(printable(f"error: {message}").replace("\n", r"\n"), file=sys.stderr)
     sys.exit(status)

@@ -66,5 +66,6 @@ class Continuation:
 
     def _may_begin_a_stop(self) -> int:
         """How many of the last characters held are the beginning of a stop string."""
-        begins = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+        most = len(self._held) + 1
+        begins = (stop[:n] for stop in self.stop for n in range(1, min(len(stop), most)))
         return max((len(text) for text in begins if self._held.endswith(text)), default=0)

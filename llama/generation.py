@@ -8,6 +8,7 @@ abandoned or overlap; threads take turns, a step at a time.
 """
 
 import functools
+import os
 import re
 import sys
 import threading
@@ -44,10 +45,12 @@ def in_turn(steps: Callable[..., Iterator]) -> Callable[..., Iterator]:
     @functools.wraps(steps)
     def call(self, *args, **kwargs):
         # Torch and Triton by themselves would work on cuda:0. Does nothing on the CPU.
-        device = torch.accelerator.device_index(self.model.tok_embeddings.weight.device.index)
+        on = self.model.tok_embeddings.weight.device
+        device = torch.accelerator.device_index(on.index)
+        exactly = torch.autocast(on.type, enabled=False)  # though the caller may be in one
         with closing(steps(self, *args, **kwargs)) as running:
             while True:
-                with TURN, device:
+                with TURN, device, exactly:
                     try:
                         result = next(running)
                     except StopIteration:
@@ -99,9 +102,11 @@ class LLaMA:
             raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
-        if ckpt_dir == "":
-            raise ValueError("ckpt_dir is empty: pass the model folder, e.g. --ckpt_dir /w/13B")
-        folder = DEMO if ckpt_dir is None else Path(ckpt_dir).expanduser()
+        if ckpt_dir is not None and not (ckpt_dir and isinstance(ckpt_dir, str | Path)):
+            raise ValueError(
+                f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
+            )
+        folder = DEMO if ckpt_dir is None else Path(os.path.expanduser(ckpt_dir))
         target = pick_device(device, use_int8)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args, tokenizer = shards.read_model(folder, tokenizer_path, **limits)
@@ -442,14 +447,15 @@ def uniform_numbers(seed: int | None, rows: int, steps: int) -> Tensor:
     numbers = []
     for row in range(rows):
         generator.manual_seed(row_seed(seed, row))
-        numbers.append(torch.rand(steps, generator=generator, device="cpu"))
+        numbers.append(torch.rand(steps, generator=generator, dtype=torch.float32, device="cpu"))
     return torch.stack(numbers)
 
 
 def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.device:
     """CUDA if there is any, unless told otherwise; ValueError or ImportError if it cannot work."""
     try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        target = torch.device(automatic if device is None else device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {device!r}, expected cuda, cuda:1 or cpu") from None
     if target.type not in ("cuda", "cpu"):

@@ -3,6 +3,7 @@
 Counts GPU memory from params.json alone, in int8 and in fp16, beside what is free.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def main(
     if ckpt_dir is None:
         args = args_of(size, **limits)
     else:
-        args, _ = shards.read_model(Path(ckpt_dir).expanduser(), tokenizer_path, **limits)
+        args, _ = shards.read_model(Path(os.path.expanduser(ckpt_dir)), tokenizer_path, **limits)
     with torch.device("meta"):
         models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
     int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)

@@ -27,13 +27,15 @@ from llama.int8 import Int8Linear
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def check(name: str, value, kind: type, low: float, high: float) -> None:
-    """ValueError unless value is a number of this kind (an int is a float too) within bounds."""
+def check(name: str, value, kind: type, low: float, high: float) -> int | float:
+    """value as Python's own int or float; ValueError unless it is a number of this kind (an int is
+    a float too) within bounds."""
     kinds = numbers.Integral if kind is int else numbers.Real
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         number = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} is {value!r}, expected {number}, from {low} to {high}")
+        raise ValueError(f"{name} is {value!r:.60}, expected {number}, from {low} to {high}")
+    return kind(value)
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,20 @@ class ModelArgs:
     max_seq_len: int = 512
 
     def __post_init__(self):
-        for name in ("dim", "n_heads", "multiple_of"):
-            check(name, getattr(self, name), int, 1, 2**17)
-        check("n_layers", self.n_layers, int, 1, 1000)
-        check("max_batch_size", self.max_batch_size, int, 1, 2**20)
-        check("max_seq_len", self.max_seq_len, int, 1, 2**20)
-        check("vocab_size", self.vocab_size, int, -1, 2**24)
-        check("n_kv_heads", self.kv_heads, int, 1, self.n_heads)
-        check("ffn_dim_multiplier", self.ffn_dim_multiplier or 1, float, 0.01, 100)
-        check("norm_eps", self.norm_eps, float, 1e-12, 0.1)
-        check("rope_theta", self.rope_theta, float, 100, 1e12)
+        ranges = {
+            **dict.fromkeys(["dim", "n_heads", "multiple_of"], (int, 1, 2**17)),
+            "n_layers": (int, 1, 1000),
+            "max_batch_size": (int, 1, 2**20),
+            "max_seq_len": (int, 1, 2**20),
+            "vocab_size": (int, -1, 2**24),
+            "n_kv_heads": (int, 1, self.n_heads),
+            "ffn_dim_multiplier": (float, 0.01, 100),
+            "norm_eps": (float, 1e-12, 0.1),
+            "rope_theta": (float, 100, 1e12),
+        }
+        for name, allowed in ranges.items():
+            if getattr(self, name) is not None or name not in ("n_kv_heads", "ffn_dim_multiplier"):
+                object.__setattr__(self, name, check(name, getattr(self, name), *allowed))
         if self.dim % (2 * self.n_heads) or self.n_heads % self.kv_heads:
             raise ValueError(
                 f"dim is {self.dim}, n_heads {self.n_heads}, n_kv_heads {self.kv_heads}: expected "

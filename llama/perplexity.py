@@ -13,6 +13,7 @@ x vocabulary a token: 2 GiB for 32 windows of 512 tokens of LLaMA.
 
 import gc
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from llama.generation import ENGINES, LLaMA
 from llama.model import check
 
 DRAWS = 1000
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def cut(ids: list[int], bos_id: int, length: int, windows: int) -> list[list[int]]:
@@ -99,9 +101,11 @@ def main(
     """
     check("window", window, int, 2, 2**20)
     check("windows", windows, int, 1, 2**20)
-    content, picture = read_text(text), Path(picture).expanduser()
-    if not picture.parent.is_dir():
-        raise FileNotFoundError(f"{picture.parent} does not exist: pass another --picture")
+    content, picture = read_text(text), Path(os.path.expanduser(picture))
+    if picture.suffix not in PICTURES or picture.is_dir():
+        raise ValueError(f"picture is {picture}, expected a file name with {' or '.join(PICTURES)}")
+    if not os.access(picture.parent, os.W_OK):
+        raise OSError(f"{picture.parent} cannot be written to: pass another --picture")
     options = {"max_seq_len": window, "max_batch_size": 1, "device": device}
 
     llm = LLaMA.build(ckpt_dir, tokenizer_path, **options, use_int8=False)

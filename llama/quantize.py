@@ -4,6 +4,7 @@ What it writes is a model folder like any other, half as large, and loading it q
 GPU is needed.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
         out_dir: the folder to write, which must not be there yet
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
     """
-    folder, out = Path(ckpt_dir).expanduser(), Path(out_dir).expanduser()
+    folder, out = (Path(os.path.expanduser(path)) for path in (ckpt_dir, out_dir))
     checkpoint.save_int8(folder, *shards.read_model(folder, tokenizer_path), out)
     print(f"Wrote {out}", file=sys.stderr)
 

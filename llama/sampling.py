@@ -68,7 +68,7 @@ def penalize(
     counts = (position >= first) & (position < lengths[:, None])
     share = counts.float()
     if slope != 0:
-        before = lengths[:, None] - 1 - position
+        before = (lengths[:, None] - 1 - position).float()
         x = (1 - 2 * before / max(window - 1, 1)).clamp(-1, 1)
         slope = max(slope, SMALLEST)
         y = slope * x / (1 - x.abs() + slope * x.abs())

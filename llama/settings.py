@@ -41,16 +41,20 @@ class Settings:
     min_p: float = 0.0
 
     def __post_init__(self):
-        check("max_gen_len", self.max_gen_len, int, 1, 2**31)
-        check("temperature", self.temperature, float, 0, 1e6)
-        check("top_p", self.top_p, float, 0, 1)
-        check("repetition_penalty", self.repetition_penalty, float, 0.01, 100)
-        check("repetition_penalty_range", self.repetition_penalty_range, int, 1, 2**31)
-        check("repetition_penalty_slope", self.repetition_penalty_slope, float, 0, 1e6)
-        if self.seed is not None:
-            check("seed", self.seed, int, 0, 2**63 - 1)
-        check("top_k", self.top_k, int, 0, 2**31)
-        check("min_p", self.min_p, float, 0, 1)
+        ranges = {
+            "max_gen_len": (int, 1, 2**31),
+            "temperature": (float, 0, 1e6),
+            "top_p": (float, 0, 1),
+            "repetition_penalty": (float, 0.01, 100),
+            "repetition_penalty_range": (int, 1, 2**31),
+            "repetition_penalty_slope": (float, 0, 1e6),
+            "seed": (int, 0, 2**63 - 1),
+            "top_k": (int, 0, 2**31),
+            "min_p": (float, 0, 1),
+        }
+        for name, allowed in ranges.items():
+            if name != "seed" or self.seed is not None:
+                object.__setattr__(self, name, check(name, getattr(self, name), *allowed))
         texts = isinstance(self.stop, list | tuple)
         if not texts or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(

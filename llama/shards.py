@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llama.model import ModelArgs
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, read_bytes
 
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
 # What is found in place of a shard, by its first bytes.
@@ -39,6 +39,14 @@ LARGEST_PICKLE = 2**20  # bytes; the list of 65B's tensors takes 2**17
 OF_TENSORS = re.compile(
     r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
 )
+# The operations of such a list, by what they make: a string, number or class; a tuple; others.
+ATOMS = "BINUNICODE BININT BININT1 BININT2 LONG1 NONE NEWTRUE NEWFALSE GLOBAL".split()
+TUPLES = "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+OTHERS = """PROTO EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS BINFLOAT BINPERSID REDUCE
+BUILD STOP""".split()
+LARGEST_KEY = 8  # strings and numbers of a tensor's place: torch.save writes 6
+LARGEST_DIRECTORY = 2**22  # bytes; that of 65B in one file takes 2**17
+LARGEST_SPAN = 4  # values between a tensor's first and last for each of its own
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,9 @@ class Piece:
 
     def read(self) -> Tensor:
         """Its values, until this thread reads the next piece."""
-        sizes, steps = self.tensor.shape, self.tensor.stride()
-        span = 1 + sum((n - 1) * step for n, step in zip(sizes, steps))
-        values = scratch("read", (span,), self.tensor.dtype)
+        values = scratch("read", (span(self.tensor),), self.tensor.dtype)
         self.read_into(values)
-        return values.as_strided(sizes, steps)
+        return values.as_strided(self.tensor.shape, self.tensor.stride())
 
     def read_into(self, out: Tensor) -> None:
         """Fills out, contiguous, with the bytes from the piece's first value on."""
@@ -126,7 +132,7 @@ def read_params(ckpt_dir: Path) -> dict:
             sorted(f"{one_line(p.name)}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8]
         )
         models = sorted(p.parent for p in ckpt_dir.glob("*/consolidated.*.pth"))
-        example = models[0] if models else Path("/w/13B")
+        example = one_line(str(models[0])) if models else "/w/13B"
         raise FileNotFoundError(
             f"no consolidated.*.pth in {ckpt_dir} (it holds {held or 'nothing'}): "
             f"pass the model folder, e.g. --ckpt_dir {example}"
@@ -134,12 +140,13 @@ def read_params(ckpt_dir: Path) -> dict:
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
-    if path.stat().st_size > LARGEST_PARAMS:
+    content = read_bytes(path, LARGEST_PARAMS)
+    if len(content) == LARGEST_PARAMS:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes, expected about 100: download it again"
         )
     try:
-        params = json.loads(path.read_text(encoding="utf-8-sig"))
+        params = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from None
     params = params.get("model", params) if isinstance(params, dict) else params
@@ -149,8 +156,8 @@ def read_params(ckpt_dir: Path) -> dict:
     version = params.pop("int8_format", INT8_FORMAT)
     if version != INT8_FORMAT:
         raise ValueError(
-            f"{path} is of int8 format {version!r}, this program reads {INT8_FORMAT}: take a newer "
-            "one, or quantize the model again"
+            f"{path} is of int8 format {version!r:.60}, this program reads {INT8_FORMAT}: take a "
+            "newer one, or quantize the model again"
         )
     return params
 
@@ -186,14 +193,14 @@ def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
     strange = [name for name in names if not re.fullmatch(r"consolidated\.\d{2,}\.pth", name)]
     if strange:
         raise ValueError(
-            f"{ckpt_dir} holds {', '.join(strange)}, expected consolidated.00.pth and so on alone: "
+            f"{ckpt_dir} holds {some_of(strange)}, expected consolidated.00.pth and so on alone: "
             "move what is no shard elsewhere"
         )
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
     if set(names) != set(expected):
         absent = sorted(set(expected) - set(names))
         raise FileNotFoundError(
-            f"{ckpt_dir} holds {', '.join(names)} but not {', '.join(absent)}: "
+            f"{ckpt_dir} holds {some_of(names)} but not {some_of(absent)}: "
             "fetch the missing shard, download.sh resumes"
         )
     return {name: open_shard(ckpt_dir / name) for name in expected}
@@ -202,33 +209,34 @@ def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
 def open_shard(path: Path) -> dict[str, Piece]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
-    with path.open("rb") as file:
-        start = file.read(64)
+    start = read_bytes(path, 64)
     kind = next((kind for begin, kind in NOT_SHARDS.items() if start.startswith(begin)), None)
     if kind:
         raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
     try:
+        check_directory(path)
         with zipfile.ZipFile(path) as archive:
             records = tensor_records(archive)
             about = {}
             for entry in archive.infolist():
                 if entry.filename.endswith(("/data.pkl", "/byteorder")):
                     entry.CRC = entry.CRC or None  # read() compares it; torch.save may omit it
-                    about[entry.filename.rpartition("/")[2]] = archive.read(entry)
-        operations = pickletools.genops(about["data.pkl"])
-        named = {argument for code, argument, _ in operations if code.name == "GLOBAL"}
+                    name = entry.filename.rpartition("/")[2]
+                    if name in about:
+                        raise ValueError(f"it has two records {name}")
+                    about[name] = archive.read(entry)
         if about.get("byteorder", b"little") != b"little":  # as of every machine with a GPU
             raise ValueError("its numbers are of another byte order")
-        if not all(map(OF_TENSORS.fullmatch, named)):
-            raise pickle.UnpicklingError
+        check_list(about["data.pkl"])
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shard = dict(dict.items(shard)) if isinstance(shard, dict) else None
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors, which loading could run as code: it was refused, "
             "pass Meta's original checkpoint"
         ) from None
     except Exception as error:  # torch raises many kinds, none of which names the file
-        reason = (str(error).strip().splitlines() or [repr(error)])[0][:160]
+        reason = one_line((str(error).strip().splitlines() or [repr(error)])[0], 160)
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): "
             "compare it with checklist.chk, download it again"
@@ -237,6 +245,7 @@ def open_shard(path: Path) -> dict[str, Piece]:
         isinstance(name, str)
         and isinstance(tensor, Tensor)
         and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and span(tensor) <= LARGEST_SPAN * max(1, tensor.numel())
         for name, tensor in shard.items()
     ):
         raise ValueError(f"{path} holds no flat dict of tensors: expected one of Meta's shards")
@@ -255,6 +264,59 @@ def open_shard(path: Path) -> dict[str, Piece]:
         for name, tensor in shard.items()
         if not name.endswith("rope.freqs")
     }
+
+
+def check_directory(path: Path) -> None:
+    """ValueError if the list of a zip file's records is longer than any of torch.save: Python reads
+    it whole, from the size that is given at the file's end."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**17))
+        end = file.read()
+    at = len(end) - 22 if end[-22:].startswith(b"PK\5\6") else end.rfind(b"PK\5\6")
+    if at < 0:
+        raise ValueError("it is no zip file")
+    (size,) = struct.unpack_from("<I", end, at + 12)
+    if end[max(0, at - 76) :].startswith(b"PK\6\6"):  # of more than 4 GiB
+        (size,) = struct.unpack_from("<Q", end, at - 76 + 40)
+    if size > LARGEST_DIRECTORY:
+        raise ValueError("its list of records is too long")
+
+
+def check_list(code: bytes) -> None:
+    """UnpicklingError if the list of tensors is not one that torch.save writes: what it names, and
+    what it takes for a key, which can be small here and take forever to hash or to print."""
+    stack, memo = [], {}  # of each value how many strings and numbers it has; inf: it has others
+    for operation, argument, _ in pickletools.genops(code):
+        name, before, taken = operation.name, operation.stack_before, []
+        if pickletools.markobject in before:
+            while (value := stack.pop()) != "mark":
+                taken.append(value)
+            before = before[: before.index(pickletools.markobject)]
+        taken += [stack.pop() for _ in before]  # the newest first
+        keys = {"SETITEMS": taken[1:-1:2], "SETITEM": taken[1:2], "BINPERSID": taken}.get(name, [])
+        if any(key > LARGEST_KEY for key in keys):
+            raise pickle.UnpicklingError
+        if name == "GLOBAL" and not OF_TENSORS.fullmatch(argument):
+            raise pickle.UnpicklingError
+        if name == "MARK":
+            stack.append("mark")
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in TUPLES:
+            stack.append(1 + sum(taken))
+        elif name in ATOMS:
+            stack.append(1)
+        elif name in OTHERS:
+            stack += [math.inf] * len(operation.stack_after)
+        else:
+            raise pickle.UnpicklingError
+
+
+def span(tensor: Tensor) -> int:
+    """Values of its storage from its first to its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
 
 
 def tensor_records(archive: zipfile.ZipFile) -> set[tuple[int, int]]:
@@ -297,6 +359,6 @@ def some_of(names: list[str]) -> str:
     return shown + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-def one_line(name: str) -> str:
-    """A name that a file gives, as a part of one line."""
-    return repr(name[:80])[1:-1]
+def one_line(name: str, most: int = 80) -> str:
+    """So much of a text that a file gives, as a part of one line."""
+    return repr(name[:most])[1:-1]

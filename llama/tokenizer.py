@@ -4,12 +4,13 @@ Llama 2's and Code Llama's `tokenizer.model` work too; Llama 3's is of another k
 is refused.
 """
 
+import os
 import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-LARGEST = 2**26  # bytes read of a file: Meta's has 2**19
+LARGEST = 2**23  # bytes read of a file: Meta's has 2**19
 
 
 class Tokenizer:
@@ -18,15 +19,14 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path):
         """FileNotFoundError or ValueError, each with what to pass instead."""
-        self.path = path = Path(model_path).expanduser()
+        self.path = path = Path(os.path.expanduser(model_path))
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(
                 f"tokenizer {path} {found}: pass the tokenizer.model that came with the weights, "
                 "e.g. --tokenizer_path /w/tokenizer.model"
             )
-        with path.open("rb") as file:
-            content = file.read(LARGEST)
+        content = read_bytes(path, LARGEST)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
             raise ValueError(
                 f"{path} is a tiktoken file, as Llama 3 has it: this program reads the "
@@ -68,3 +68,15 @@ class Tokenizer:
             if byte >= 0xC0:  # begins a character of 2 bytes, from 0xE0 on 3, from 0xF0 on 4
                 return n if n < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
         return 0
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """So many bytes of a file or all it has; OSError names the file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be read ({error.strerror or error}): look after its disk and "
+            "permissions, and run again"
+        ) from None

@@ -131,6 +131,11 @@ def pickled(content):
     return rewrite(lambda name, old: content if name.endswith("data.pkl") else old)
 
 
+def twins(times, before=b""):
+    """Code for a tuple of two that are each a tuple of two, and so on; in the memo's place 0."""
+    return before + b")q\0" + b"h\0\x86q\0" * times
+
+
 def calls(function, *arguments):
     """A pickle that calls a function when it is read."""
 
@@ -350,6 +355,26 @@ SHARDS = {
     ),
     "code: INST": (pickled(f"(S'touch {CANARY}'\niposix\nsystem\n.".encode()), RUNS),
     "memory: bytearray": (pickled(calls(bytearray, 2**31)), RUNS),
+    "memory: key of nested tuples": (pickled(b"\x80\2})" + b"\x85" * 900_000 + b"Ns."), RUNS),
+    "time: key of a tuple of itself": (pickled(b"\x80\2" + twins(60, b"}") + b"Ns."), RUNS),
+    "memory: place of a tuple of itself": (
+        pickled(
+            b"\x80\2" + twins(25) + b"(X\7\0\0\0storagectorch\nHalfStorage\nh\0X\3\0\0\0cpuK\1tQ."
+        ),
+        RUNS,
+    ),
+    "two lists of tensors": (
+        rewrite(more=[("shard/zz/data.pkl", b"\x80\2}.")]),
+        r"it has two records data.pkl",
+    ),
+    "a directory of a million records": (
+        lambda folder: put(SHARD, b"PK\5\6" + bytes(8) + b"\0\0\0\6" + bytes(6))(folder),
+        "its list of records is too long",
+    ),
+    "a tensor spread over a thousand times its size": (
+        tensor("tok_embeddings.weight", lambda x: torch.empty_strided(x.shape, (1000, 1))),
+        "holds no flat dict of tensors",
+    ),
     "memory: quantized tensor": (
         pickled(calls(torch._utils._rebuild_qtensor, None, 0, (2**40,), (1,), (), False, None)),
         RUNS,

@@ -79,11 +79,13 @@ def test_interval_covers_the_mean_of_windows_of_known_spread():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--text=/nowhere"], "/nowhere does not exist: pass a text file"),
+        (["--text=/nowhere"], "'/nowhere' does not exist: pass a text file"),
         (["--text=-"], "- holds no text: pass another file"),
         (["--text", TEXT, "--window=1"], "window is 1, expected a whole number, from 2"),
         (["--text", TEXT, "--windows=0"], "windows is 0, expected a whole number, from 1"),
-        (["--text", TEXT, "--picture=/nowhere/p.png"], "/nowhere does not exist: pass another"),
+        (["--text", TEXT, "--picture=/nowhere/p.png"], "/nowhere cannot be written to: pass"),
+        (["--text", TEXT, "--picture=p.bmp"], "picture is p.bmp, expected a file name with .png"),
+        (["--text", TEXT, "--picture=/"], "picture is /, expected a file name with .png"),
         ([], "--text is missing: write --text=VALUE"),
     ],
     ids=str,

@@ -1,16 +1,24 @@
 """Does any prompt and any setting either work or get a sentence? Up to the ends of their ranges."""
 
+import contextlib
 import io
 import json
 import math
 import re
+import shlex
+import subprocess
 import sys
 import time
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from llama import LLaMA, Settings, __main__, cli, generation
+from llama import LLaMA, Settings, __main__, cli, generation, quantize
+
+ROOT = Path(__file__).parents[1]
 
 RANGES = {
     "max_gen_len": (1, 2**31),
@@ -163,6 +171,66 @@ def test_json_has_control_codes_exactly(run):
 def test_errors_show_no_control_codes(run):
     out, err = run("--prompt=A", "--ckpt_dir=/nowhere/\x1b[2J")
     assert err.startswith(r"error: /nowhere/\x1b[2J does not exist: pass the model folder")
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: default_dtype(torch.float16),
+        lambda: default_dtype(torch.float64),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+    ],
+    ids=["autocast", "float16", "float64", "meta", "inference"],
+)
+def test_results_do_not_depend_on_what_a_program_has_set(surroundings, demo, demo_float, tmp_path):
+    settings = {"max_gen_len": 20, "seed": 3, "temperature": 1.5, "repetition_penalty": 1.3}
+    settings["repetition_penalty_slope"] = 2.0
+
+    def results():
+        texts = [llm.generate(["The king"], **settings) for llm in (demo, demo_float)]
+        return texts, [llm.score(["The king said"]) for llm in (demo, demo_float)]
+
+    expected = results()
+    with surroundings():
+        assert results() == expected
+        quantize.main(str(generation.DEMO), str(tmp_path / "int8"))
+    saved = torch.load(tmp_path / "int8" / "consolidated.01.pth")
+    kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in saved.items()}
+    assert (kinds["SCB"], saved["layers.0.attention.wq.weight"].dtype) == (
+        torch.float32,
+        torch.int8,
+    )
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def test_numbers_of_numpy_are_numbers(demo):
+    expected = demo.generate(["The king " * 60], 50, seed=3, temperature=0.5)
+    settings = {"max_gen_len": np.uint8(50), "seed": np.int64(3), "temperature": Fraction(1, 2)}
+    assert demo.generate(["The king " * 60], **settings) == expected
+    llm = LLaMA.build(device="cpu", max_seq_len=np.int16(300), max_batch_size=np.uint8(4))
+    assert llm.model.args.max_seq_len == 300 and llm.generate(["A"] * 3, 5)
+
+
+def test_commands_without_streams_or_docstrings():
+    """As a shell's >&- and python -OO have it."""
+    command = [sys.executable, "-m", "llama", "--prompt=a", "--max_gen_len=2"]
+    for closing in (">&-", "<&-"):
+        line = f"{shlex.join(command)} {closing}"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+    command.insert(1, "-OO")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: flags are read from docstrings, which python -OO drops")
 
 
 def test_text_of_every_language_is_printed_as_it_is():
