@@ -34,12 +34,12 @@ from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
 from llama.shards import INT8_FORMAT, Piece, one_line, open_shards, read_params, scratch, some_of
 from llama.tokenizer import Tokenizer
 
-# Values that a thread quantizes at once. 13B on 16 cores: 5.9 s; 2^21: 6.4, 2^20: 10.4, 2^19: 19,
-# since threads wait for Python in between (H200 machine, page cache, 2026-11-23, when a value took
-# 3 ns to quantize; now it takes 0.3).
+# Values that a thread quantizes at once, and threads. 13B on 16 cores: 4.0 to 4.4 s; 2^23: 5.5,
+# 2^21: 5.5, 2^20: 10.5, since threads wait for Python between calls of torch; 16 threads: 4.1 to
+# 4.9 with twice the host memory, 6: 4.6 (H200 machine, page cache, 2026-11-23).
 VALUES_A_BLOCK = 2**22
+MOST_WORKERS = 8
 BYTES_A_BLOCK = 2**22  # that a thread reads at once where nothing is to be quantized
-MOST_WORKERS = 8  # 13B on 16 cores: 3.9 s; 6: 4.6, 16: 4.2 to 4.9, for the same reason
 AHEAD = 4  # weights in work beside the one that is waited for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
