@@ -76,7 +76,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         with path.open("rb") as file:
             return file.read(most)
     except OSError as error:
-        raise OSError(
+        raise type(error)(
             f"{path} could not be read ({error.strerror or error}): look after its disk and "
             "permissions, and run again"
         ) from None

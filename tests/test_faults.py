@@ -136,8 +136,9 @@ def test_what_may_not_be_read(file, good):
         if root:
             os.seteuid(65534)
         try:
-            with pytest.raises(PermissionError, match=f"Permission denied: '{folder / file}'"):
+            with pytest.raises(PermissionError, match="Permission denied") as caught:
                 LLaMA.build(folder, device="cpu")
+            assert str(folder / file) in str(caught.value)
         finally:
             if root:
                 os.seteuid(0)

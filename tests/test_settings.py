@@ -220,6 +220,7 @@ def test_numbers_of_numpy_are_numbers(demo):
     assert llm.model.args.max_seq_len == 300 and llm.generate(["A"] * 3, 5)
 
 
+@pytest.mark.slow
 def test_commands_without_streams_or_docstrings():
     """As a shell's >&- and python -OO have it."""
     command = [sys.executable, "-m", "llama", "--prompt=a", "--max_gen_len=2"]
