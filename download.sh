@@ -67,6 +67,7 @@ transfer() {
 fetch() { # $1: path, $2: its md5 sum where SUMS lacks it; a checklist has none anywhere
   local file="$folder/$1" part="$folder/$1.part" try=1 rc first found sum
   sum=${2:-$(printf '%s' "$SUMS" | sum_of "$1")}
+  [ ! -d "$file" ] || die "$file is a folder: move it elsewhere and run again"
   if [ -e "$file" ]; then
     found=$(md5_of "$file")
     [ "$found" = "${sum:-$found}" ] || fail "$file has md5 sum $found, not $sum: delete it and"
@@ -81,7 +82,8 @@ fetch() { # $1: path, $2: its md5 sum where SUMS lacks it; a checklist has none 
     case $rc in
       *"exit 0"* | *"HTTP 416") break ;; # 416: no byte is missing, so the sum decides
       *"HTTP 5"* | *"HTTP 429") ;; # busy
-      "curl exit 22"* | "wget exit 8"*) die "the server refused $1 ($rc): $EXPIRED" ;;
+      "curl exit 22"*) die "the server refused $1 ($rc): $EXPIRED" ;;
+      "wget exit 8"*) die "the server refused $1 or is busy ($rc): run again later, or $EXPIRED" ;;
       "curl exit 23"* | "wget exit 3"*) die "cannot write $part ($rc): free space, run again" ;;
       "curl exit 33"*) : > "$part" ;; # no ranges here: from the start, then
     esac
@@ -114,14 +116,14 @@ case $url in
   http://*\** | https://*\**) ;;
   *) die "the link is not http(s)://... with a * in it: copy its whole text, in single quotes" ;;
 esac
-[ -n "${sizes//[, ]/}" ] || { ask "sizes (some of 7B,13B,30B,65B)"; sizes=$answer; }
+[ -n "${sizes//[,[:space:]]/}" ] || { ask "sizes (some of 7B,13B,30B,65B)"; sizes=$answer; }
 for size in ${sizes//,/ }; do
   [[ $SUMS = *"  $size/consolidated.00.pth"* ]] ||
     die "no size $size: choose from 7B,13B,30B,65B (30B is the paper's 33B)"
 done
 [ -n "$folder" ] || { ask "folder"; folder=$answer; }
 case $folder in
-  \~ | \~/*) folder=$HOME${folder#?} ;; # typed at the prompt, where no shell expands it
+  \~ | \~/*) folder=${HOME:?is not set: pass the whole path}${folder#?} ;; # no shell expands a typed one
   [!/]*) folder=./$folder ;; # its name may begin with -
 esac
 

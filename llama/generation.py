@@ -37,6 +37,8 @@ MOST_FUSED_ROWS = 32  # of `kernels.linear`; a step of more reads the weights se
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
 NO_BUGS = MemoryError, torch.OutOfMemoryError, FloatingPointError, KeyboardInterrupt
 TURN = threading.RLock()  # a model's first call may move weights, and its GPU has one stream
+if hasattr(os, "register_at_fork"):  # a child has none of the threads that may have held it
+    os.register_at_fork(after_in_child=lambda: globals().update(TURN=threading.RLock()))
 
 
 def in_turn(steps: Callable[..., Iterator]) -> Callable[..., Iterator]:

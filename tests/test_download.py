@@ -564,6 +564,24 @@ def test_odd_folders_are_taken_literally_but_for_the_home_folder(site, one_shell
     assert one_shell.holds(site.files, "7B")
 
 
+def test_a_home_folder_that_nobody_knows_is_said(site, one_shell):
+    del one_shell.env["HOME"]
+    status, said = one_shell.run("7B", "~/models", link=site.link)
+    assert status != 0 and "HOME: is not set: pass the whole path" in said and site.log == []
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(site, one_shell):
+    (one_shell.folder / "7B" / "params.json").mkdir(parents=True)
+    status, said = one_shell.run("7B", one_shell.folder, link=site.link)
+    assert status == 1
+    assert said.endswith("7B/params.json is a folder: move it elsewhere and run again\n")
+
+
+def test_blanks_are_no_sizes(site, one_shell):
+    status, said = one_shell.run(" ,\n", one_shell.folder, link=site.link)
+    assert status == 1 and "no sizes" in said and site.log == []
+
+
 def test_at_a_terminal_what_is_missing_is_asked_for(site, one_shell):
     site.query += "&Policy=" + "x" * 5000  # longer than a terminal's own line editor takes
     if one_shell.tool == "curl":
