@@ -71,6 +71,13 @@ def test_what_does_not_fit_is_left_out(run, monkeypatch):
     assert "int8: decode at batch 2, 9 tokens" in out and "against" not in out
 
 
+def test_it_needs_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = run("--size=13B")
+    assert (status, out) == (1, "")
+    assert err == "error: the benchmark needs a CUDA GPU, torch sees none\n"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -86,6 +86,7 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatc
         assert (mine - other)[:, :, :8].float().std() < 1e-2 * other.float().std()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_step_of_many_rows_is_one_of_each_group(monkeypatch):
     """Bit for bit that of a batch of each group's size; a row has logits of its own."""

@@ -178,9 +178,9 @@ def test_errors_show_no_control_codes(run):
     [
         lambda: torch.autocast("cpu", torch.bfloat16),
         lambda: default_dtype(torch.float16),
-        lambda: default_dtype(torch.float64),
-        lambda: torch.device("meta"),
-        torch.inference_mode,
+        pytest.param(lambda: default_dtype(torch.float64), marks=pytest.mark.slow),
+        pytest.param(lambda: torch.device("meta"), marks=pytest.mark.slow),
+        pytest.param(torch.inference_mode, marks=pytest.mark.slow),
     ],
     ids=["autocast", "float16", "float64", "meta", "inference"],
 )
