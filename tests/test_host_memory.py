@@ -57,8 +57,9 @@ def saved(large_folder):
 def test_on_the_cpu(large_folder):
     peak, model = measure(large_folder)
     assert model > 200 * 2**20
-    # 0.5 GiB is the promise for any model and 16 threads; here two threads have a block in work.
-    assert peak < model + 100 * 2**20
+    # 0.5 GiB is the promise for any model and 8 threads; here two threads have a block in work, in
+    # float32 as it is read, in fp16 and again in float32: 80 MiB. 79 to 97 were seen.
+    assert peak < model + 130 * 2**20
 
 
 def test_of_the_saved_form_on_the_cpu(saved):
@@ -67,9 +68,9 @@ def test_of_the_saved_form_on_the_cpu(saved):
 
 
 def test_of_quantizing(saved):
-    """Two layers of 50 MiB in int8, two blocks of 30 MiB in work, and what the pool of malloc keeps
-    of them; the whole model has 200 MiB."""
-    assert saved[1] < 195 * 2**20
+    """Two layers of 50 MiB in int8 and two blocks of 40 MiB in work: 150 to 188 were seen. With the
+    whole model, of 200 MiB, it would be 280."""
+    assert saved[1] < 220 * 2**20
 
 
 @pytest.mark.cuda
