@@ -144,7 +144,8 @@ def main(
     settings = Settings(**settings)
     if logprobs and not json:
         raise ValueError("--logprobs is a part of what --json prints: add --json")
-    if [*prompt, prompt_file].count("-") + interactive > 1 and "-" in [*prompt, prompt_file]:
+    reads = [*prompt, prompt_file].count("-")
+    if reads and reads + interactive > 1:
         raise ValueError("- is all of standard input, which can be read once: pass it alone")
     prompts = [read_text("-") if text == "-" else text for text in prompt]
     if prompt_file:

@@ -31,21 +31,19 @@ DEBUG = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=boo
 
 def run(command: Callable[..., None], **groups: Callable) -> None:
     """Calls command with the flags of the command line. The parameters of a group, a function or a
-    class, are flags too: command gets those that were given as a dict of the group's name. Of two
-    flags of one name, command's own counts. Every command has --debug."""
+    class, are flags too: command gets those that were given as a dict of the group's name. Every
+    command has --debug."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, mode))
     if sys.flags.optimize > 1:
         fail("flags are read from docstrings, which python -OO drops: run it without")
-    own = signature(command).parameters
     flags, sentences = {}, {}
     for source in (command, *groups.values()):
         for about in fire.docstrings.parse(getdoc(source)).args or ():
-            if about.name not in flags:
-                parameter = signature(source).parameters[about.name]
-                flags[about.name] = parameter.replace(kind=Parameter.KEYWORD_ONLY)
-                sentences[about.name] = about.description
+            parameter = signature(source).parameters[about.name]
+            flags[about.name] = parameter.replace(kind=Parameter.KEYWORD_ONLY)
+            sentences[about.name] = about.description
     flags["debug"] = DEBUG
     sentences["debug"] = "prints the traceback of an error before its one line"
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
@@ -54,7 +52,7 @@ def run(command: Callable[..., None], **groups: Callable) -> None:
         given = read(sys.argv[1:], flags, getdoc(command).split("\nArgs:")[0], sentences)
         debug = given.pop("debug", False)
         for group, function in groups.items():
-            names = [n for n in given if n in signature(function).parameters and n not in own]
+            names = [name for name in given if name in signature(function).parameters]
             given[group] = {name: given.pop(name) for name in names}
         with warnings.catch_warnings():
             warnings.showwarning = say

@@ -485,7 +485,7 @@ def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.devi
 
 
 def engine_for(device: torch.device, head_dim: int) -> str:
-    """ "triton" where our kernels run; elsewhere "bnb", and a warning says why."""
+    """The engine triton where our kernels run; elsewhere bnb, and a warning says why."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         reason = f"{device} has compute capability {major}.{minor}, our kernels need 8.0"

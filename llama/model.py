@@ -15,7 +15,7 @@ K head dimension, D model dimension, V vocabulary.
 import copy
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -38,6 +38,15 @@ def check(name: str, value, kind: type, low: float, high: float) -> int | float:
     return kind(value)
 
 
+def check_fields(of, **ranges: tuple[type, float, float]) -> None:
+    """`check` of fields of a frozen dataclass, which keeps what comes of it; None may stay where it
+    is the default."""
+    for field in fields(of):
+        value = getattr(of, field.name)
+        if field.name in ranges and not (value is None and field.default is None):
+            object.__setattr__(of, field.name, check(field.name, value, *ranges[field.name]))
+
+
 @dataclass(frozen=True)
 class ModelArgs:
     """The keys of Meta's `params.json`, and the two limits of a session. ValueError for what no
@@ -57,20 +66,20 @@ class ModelArgs:
     max_seq_len: int = 512
 
     def __post_init__(self):
-        ranges = {
-            **dict.fromkeys(["dim", "n_heads", "multiple_of"], (int, 1, 2**17)),
-            "n_layers": (int, 1, 1000),
-            "max_batch_size": (int, 1, 2**20),
-            "max_seq_len": (int, 1, 2**20),
-            "vocab_size": (int, -1, 2**24),
-            "n_kv_heads": (int, 1, self.n_heads),
-            "ffn_dim_multiplier": (float, 0.01, 100),
-            "norm_eps": (float, 1e-12, 0.1),
-            "rope_theta": (float, 100, 1e12),
-        }
-        for name, allowed in ranges.items():
-            if getattr(self, name) is not None or name not in ("n_kv_heads", "ffn_dim_multiplier"):
-                object.__setattr__(self, name, check(name, getattr(self, name), *allowed))
+        check_fields(
+            self,
+            dim=(int, 1, 2**17),
+            n_layers=(int, 1, 1000),
+            n_heads=(int, 1, 2**17),
+            vocab_size=(int, -1, 2**24),
+            multiple_of=(int, 1, 2**17),
+            ffn_dim_multiplier=(float, 0.01, 100),
+            norm_eps=(float, 1e-12, 0.1),
+            rope_theta=(float, 100, 1e12),
+            max_batch_size=(int, 1, 2**20),
+            max_seq_len=(int, 1, 2**20),
+        )
+        check_fields(self, n_kv_heads=(int, 1, self.n_heads))
         if self.dim % (2 * self.n_heads) or self.n_heads % self.kv_heads:
             raise ValueError(
                 f"dim is {self.dim}, n_heads {self.n_heads}, n_kv_heads {self.kv_heads}: expected "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from llama.model import check
+from llama.model import check_fields
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -41,20 +41,18 @@ class Settings:
     min_p: float = 0.0
 
     def __post_init__(self):
-        ranges = {
-            "max_gen_len": (int, 1, 2**31),
-            "temperature": (float, 0, 1e6),
-            "top_p": (float, 0, 1),
-            "repetition_penalty": (float, 0.01, 100),
-            "repetition_penalty_range": (int, 1, 2**31),
-            "repetition_penalty_slope": (float, 0, 1e6),
-            "seed": (int, 0, 2**63 - 1),
-            "top_k": (int, 0, 2**31),
-            "min_p": (float, 0, 1),
-        }
-        for name, allowed in ranges.items():
-            if name != "seed" or self.seed is not None:
-                object.__setattr__(self, name, check(name, getattr(self, name), *allowed))
+        check_fields(
+            self,
+            max_gen_len=(int, 1, 2**31),
+            temperature=(float, 0, 1e6),
+            top_p=(float, 0, 1),
+            repetition_penalty=(float, 0.01, 100),
+            repetition_penalty_range=(int, 1, 2**31),
+            repetition_penalty_slope=(float, 0, 1e6),
+            seed=(int, 0, 2**63 - 1),
+            top_k=(int, 0, 2**31),
+            min_p=(float, 0, 1),
+        )
         texts = isinstance(self.stop, list | tuple)
         if not texts or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(

@@ -1,8 +1,10 @@
 """What do the tests share? The demo model, and small random checkpoints of any shape."""
 
 # ruff: noqa: E402
+import io
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ if not torch.cuda.is_available():  # triton reads it when it is imported, as bit
 
 from checkpoints import random_weights, tiny_params, write_checkpoint
 
-from llama import LLaMA
+from llama import LLaMA, cli
 
 DEMO = Path(__file__).parents[1] / "llama" / "demo"
 
@@ -38,6 +40,24 @@ def make_folder(tmp_path):
         return folder, params, weights
 
     return make
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """run_command(command, *arguments, stdin=b"", **groups) -> exit status, stdout and stderr of
+    what `cli.run` makes of a command in this process."""
+
+    def call(command, *arguments, stdin=b"", **groups):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        status = 0
+        try:
+            cli.run(command, **groups)
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

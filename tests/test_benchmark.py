@@ -2,16 +2,16 @@
 nothing here, lines and ratios do."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
 
-from llama import benchmark, cli, memory, room
+from llama import benchmark, memory, room
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(monkeypatch, run_command):
     """run(*arguments) -> exit status, stdout, stderr."""
     cpu, none = torch.device("cpu"), lambda *_: None
     monkeypatch.setattr(benchmark, "DEVICE", cpu)
@@ -27,16 +27,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, name, none)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
-        status = 0
-        try:
-            cli.run(benchmark.main)
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return call
+    return partial(run_command, benchmark.main)
 
 
 SHORT = ["--size=7B", "--lengths=4,9", "--batches=1,2", "--engines=int8", "--engines=fp16"]

@@ -1,13 +1,13 @@
 """Does `python -m llama` do for a user what its help says?"""
 
 import inspect
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,20 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_command):
     """run(*arguments, stdin=b"") -> exit status, stdout, stderr."""
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["llama", "--device=cpu", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        status = 0
-        try:
-            cli.run(__main__.main, model=LLaMA.build, settings=Settings)
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return call
+    groups = {"model": LLaMA.build, "settings": Settings}
+    return partial(run_command, __main__.main, "--device=cpu", **groups)
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,24 @@
 """Does the comparison of int8 with floating point compute what it says?"""
 
-import io
 import math
 import re
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import DEMO
 
-from llama import cli, perplexity
+from llama import perplexity
 from llama.perplexity import cut, shown
 
 TEXT = DEMO.parents[1] / "LICENSE"
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["perplexity", "--device=cpu", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        status = 0
-        try:
-            cli.run(perplexity.main)
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return call
+def run(run_command):
+    return partial(run_command, perplexity.main, "--device=cpu")
 
 
 def test_figures_and_picture(run, tmp_path, demo, demo_float):

@@ -1,7 +1,6 @@
 """Does any prompt and any setting either work or get a sentence? Up to the ends of their ranges."""
 
 import contextlib
-import io
 import json
 import math
 import re
@@ -133,8 +132,8 @@ def test_a_long_prompt_may_fill_the_room_but_for_one_token(demo):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> stdout of a model that says nothing but escape codes."""
+def run(monkeypatch, run_command):
+    """run(*arguments) -> stdout and stderr of a model that says nothing but escape codes."""
 
     def say(logits, *_, **__):
         codes = [0x1B, ord("["), ord("2"), ord("J"), 0x07, 0x0D, 0xC2, 0x9B]
@@ -144,13 +143,9 @@ def run(monkeypatch, capsys):
     def call(*arguments):
         said.clear()
         monkeypatch.setattr(generation, "sample", say)
-        monkeypatch.setattr(sys, "argv", ["llama", "--device=cpu", "--max_gen_len=16", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        try:
-            cli.run(__main__.main, model=LLaMA.build, settings=Settings)
-        except SystemExit:
-            pass
-        return capsys.readouterr()
+        words = "--device=cpu", "--max_gen_len=16", *arguments
+        groups = {"model": LLaMA.build, "settings": Settings}
+        return run_command(__main__.main, *words, **groups)[1:]
 
     said = []
     return call
