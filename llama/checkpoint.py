@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
-from llama.shards import INT8_FORMAT, Piece, one_line, open_shards, read_params, scratch, some_of
+from llama.shards import INT8_FORMAT, Piece, one_line, open_shards, scratch, some_of
+from llama.params import read_params
 from llama.tokenizer import Tokenizer
 
 # Values that a thread quantizes at once, and threads. 13B on 16 cores: 4.0 to 4.4 s; 2^23: 5.5,

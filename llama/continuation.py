@@ -1,45 +1,66 @@
-"""What has a row said so far? New ids become text as they come.
+"""The continuation of a prompt: new ids become text as they come.
 
-What was said never changes: the bytes of a character whose others are still to come are held back,
-and so is whatever may turn out to begin a stop string. Only new ids are decoded, after the few
-before them, so that reading at each token costs some microseconds however long the text.
+Text that was read never changes: the bytes of a character that lacks others are held back, and so
+is whatever may turn out to begin a stop string. Only new ids are decoded, after the few before
+them, so that reading at each token takes microseconds however long the text is.
 """
+
+import time
 
 from llama.tokenizer import Tokenizer
 
 
 class Continuation:
-    """What continues one prompt, at most `limit` tokens. `ids` are all that were generated, a stop
-    string's included; `logprobs`, where asked for, has one for each of them."""
+    """What follows one prompt, `limit` tokens at most. `ids` are all that were generated, those of
+    a stop string included; `logprobs`, where asked for, has one for each of them."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], limit: int, stop: list[str]):
         self.tokenizer, self.prompt_ids, self.limit, self.stop = tokenizer, prompt_ids, limit, stop
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.finish_reason: str | None = None  # "stop", "length" or "eos"; None: it goes on
-        self._said: list[str] = []
+        # "stop", "length" or "eos"; None while it goes on
+        self.finish_reason: str | None = None if limit else "length"
+        self.seconds = self.seconds_to_first_token = 0.0  # since begin()
+        self._began = time.perf_counter()
+        self._text: list[str] = []
         self._held = ""  # text that may begin a stop string
         # Ids that make the next ones' text right (a leading space, say), and how long theirs is.
         self._before, self._skip = prompt_ids, len(tokenizer.decode(prompt_ids))
-        self._decoded = self._read = 0  # how many of ids, of _said
+        self._decoded = self._read = 0  # how many of ids, of _text
 
     @property
     def text(self) -> str:
-        """All that may be said, without the prompt."""
-        self.listen()
-        return "".join(self._said)
+        """All that is certain so far, without the prompt."""
+        self._decode()
+        return "".join(self._text)
 
     def read(self) -> str:
         """What has been added to `text` since the last call."""
-        self.listen()
-        new, self._read = self._said[self._read :], len(self._said)
+        self._decode()
+        new, self._read = self._text[self._read :], len(self._text)
         return "".join(new)
 
-    def finish(self) -> None:
-        if self.finish_reason is None:
-            self.finish_reason = "length" if len(self.ids) >= self.limit else "eos"
+    def begin(self) -> None:
+        """Starts the clock: its prompt's turn has come."""
+        self._began = time.perf_counter()
 
-    def listen(self) -> None:
+    def add(self, id: int, logprob: float | None = None) -> None:
+        """Takes the next token. Sets finish_reason if it is the last: the end of the text, the end
+        of a stop string, or the token that reaches the limit."""
+        self.seconds = time.perf_counter() - self._began
+        self.seconds_to_first_token = self.seconds_to_first_token or self.seconds
+        if id == self.tokenizer.eos_id:
+            self.finish_reason = "eos"
+        else:
+            self.ids.append(id)
+            if logprob is not None:
+                self.logprobs.append(logprob)
+            if len(self.ids) == self.limit:
+                self.finish_reason = "length"
+        if self.stop:
+            self._decode()
+
+    def _decode(self) -> None:
         """Decodes the new ids; sets finish_reason if a stop string is in their text."""
         if self.finish_reason == "stop":
             return
@@ -61,7 +82,7 @@ class Continuation:
         elif self.finish_reason is None:
             end -= self._may_begin_a_stop()
         if end:
-            self._said.append(self._held[:end])
+            self._text.append(self._held[:end])
             self._held = self._held[end:]
 
     def _may_begin_a_stop(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llama import shards
+from llama import params as shards
 from llama.cli import run
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer

@@ -1,22 +1,16 @@
-"""What is LLaMA?
+"""LLaMA: the decoder-only Transformer of Touvron et al. 2023 (arXiv 2302.13971, section 2.2), with
+what Llama 2 and Code Llama added: grouped-query attention and another rope base.
 
-The decoder-only Transformer of Touvron et al. 2023 (arXiv 2302.13971, section 2.2) with the
-additions of Llama 2 and Code Llama (grouped-query attention, another rope base), on one device.
-Weights carry Meta's names and shapes.
+Weights carry Meta's names and shapes. The class of the linear layers is an argument: `Int8Linear`
+stores them in 8 bits, `nn.Linear` gives the same model in floating point. Nothing here samples,
+reads files or checks what a user passed.
 
-The class of the linear layers is an argument: `Int8Linear` stores them in 8 bits, `nn.Linear` gives
-the same model in the floating-point type of its weights. Nothing here samples, loads or knows a
-file.
-
-Letters in shapes: B rows of the batch, T tokens of this step, S length of the cache, H heads,
-K head dimension, D model dimension, V vocabulary.
+Letters in shapes: B sequences, T tokens of this step, S length of the cache, H heads, Hkv heads of
+keys and values, K head dimension, D model dimension, V vocabulary.
 """
 
 import copy
-import numbers
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,33 +18,10 @@ from torch import Tensor, nn
 
 from llama.int8 import Int8Linear
 
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def check(name: str, value, kind: type, low: float, high: float) -> int | float:
-    """value as Python's own int or float; ValueError unless it is a number of this kind (an int is
-    a float too) within bounds."""
-    kinds = numbers.Integral if kind is int else numbers.Real
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        number = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} is {value!r:.60}, expected {number}, from {low} to {high}")
-    return kind(value)
-
-
-def check_fields(of, **ranges: tuple[type, float, float]) -> None:
-    """`check` of fields of a frozen dataclass, which keeps what comes of it; None may stay where it
-    is the default."""
-    for field in fields(of):
-        value = getattr(of, field.name)
-        if field.name in ranges and not (value is None and field.default is None):
-            object.__setattr__(of, field.name, check(field.name, value, *ranges[field.name]))
-
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The keys of Meta's `params.json`, and the two limits of a session. ValueError for what no
-    LLaMA can have."""
+    """The keys of Meta's `params.json`, and the two limits of a session."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -64,27 +35,6 @@ class ModelArgs:
 
     max_batch_size: int = 32
     max_seq_len: int = 512
-
-    def __post_init__(self):
-        check_fields(
-            self,
-            dim=(int, 1, 2**17),
-            n_layers=(int, 1, 1000),
-            n_heads=(int, 1, 2**17),
-            vocab_size=(int, -1, 2**24),
-            multiple_of=(int, 1, 2**17),
-            ffn_dim_multiplier=(float, 0.01, 100),
-            norm_eps=(float, 1e-12, 0.1),
-            rope_theta=(float, 100, 1e12),
-            max_batch_size=(int, 1, 2**20),
-            max_seq_len=(int, 1, 2**20),
-        )
-        check_fields(self, n_kv_heads=(int, 1, self.n_heads))
-        if self.dim % (2 * self.n_heads) or self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"dim is {self.dim}, n_heads {self.n_heads}, n_kv_heads {self.kv_heads}: expected "
-                "heads of one even width, and n_kv_heads to divide n_heads"
-            )
 
     @property
     def head_dim(self) -> int:
@@ -103,39 +53,22 @@ class ModelArgs:
 
 
 class KVCache:
-    """Keys and values of `batch` sequences of at most `length` tokens, in fp16
-    4 x n_layers x kv_heads x head_dim bytes a token. Positions not yet written are zeros, since a
-    masked NaN would still poison a sum."""
+    """Keys and values of B sequences of at most S tokens: two tensors (n_layers, B, S, Hkv, K), in
+    fp16 4 x n_layers x Hkv x K bytes a token. What is not yet written is zero: it is masked, but a
+    NaN would still poison the sum."""
 
-    def __init__(self, args: ModelArgs, batch: int, length: int, like: Tensor):
+    def __init__(
+        self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ):
         shape = (args.n_layers, batch, length, args.kv_heads, args.head_dim)
-        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
 
-    @property
-    def batch(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def length(self) -> int:
-        return self.k.shape[2]
-
-    def split(self, rows: int) -> list["KVCache"]:
-        """Caches of so many sequences each, the last one of the rest; they share this one's
-        memory."""
-        parts = []
-        for k, v in zip(self.k.split(rows, 1), self.v.split(rows, 1)):
-            parts.append(copy.copy(self))
-            parts[-1].k, parts[-1].v = k, v
-        return parts
-
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, T, Hkv, K) at positions (B, T); returns all the layer has of both,
-        (B, S, Hkv, K)."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.k[layer][rows, positions] = k
-        self.v[layer][rows, positions] = v
-        return self.k[layer], self.v[layer]
+    def slot(self, i: int) -> "KVCache":
+        """That of sequence i alone, a view of this one's memory."""
+        view = copy.copy(self)
+        view.k, view.v = self.k[:, i : i + 1], self.v[:, i : i + 1]
+        return view
 
 
 class RMSNorm(nn.Module):
@@ -190,7 +123,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, linear: type[nn.Linear]):
         super().__init__()
-        self.args = args
+        self.head_dim = args.head_dim
         kv_dim = args.kv_heads * args.head_dim
         self.wq = linear(args.dim, args.dim, bias=False)
         self.wk = linear(args.dim, kv_dim, bias=False)
@@ -198,17 +131,26 @@ class Attention(nn.Module):
         self.wo = linear(args.dim, args.dim, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember: Remember | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rotation: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        """mask (B, 1, T, S) says what a token sees; None: this step's tokens up to itself.
-        remember(k, v) takes this step's keys and values and returns all there is room for."""
-        head_dim = self.args.head_dim
-        q = rotate(self.wq(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, H, K)
-        k = rotate(self.wk(x).unflatten(-1, (-1, head_dim)), rotation)  # (B, T, Hkv, K)
-        v = self.wv(x).unflatten(-1, (-1, head_dim))
-        if remember:
-            cached = remember(k, v)  # (B, S, Hkv, K)
-            k, v = (k, v) if mask is None else cached
+        """x (B, T, D) at positions (B, T) -> (B, T, D). Writes keys and values to this layer's part
+        of the cache, two tensors (B, S, Hkv, K). mask (B, 1, T, S) says which of them each token
+        sees; without one it sees the tokens of this step up to itself."""
+        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (B, T, H, K)
+        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (B, T, Hkv, K)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            keys, values = cache
+            sequences = torch.arange(len(x), device=x.device)[:, None]
+            keys[sequences, positions] = k
+            values[sequences, positions] = v
+            if mask is not None:
+                k, v = keys, values
         return self.wo(attend(q, k, v, mask).flatten(-2))
 
 
@@ -234,7 +176,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def linears(self) -> list[list[nn.Linear]]:
-        """The linear layers in the order of their work, those that read the same input together."""
+        """The linear layers in the order they run, those that read the same input together."""
         attention, ffn = self.attention, self.feed_forward
         return [
             [attention.wq, attention.wk, attention.wv],
@@ -244,18 +186,23 @@ class TransformerBlock(nn.Module):
         ]
 
     def forward(
-        self, x: Tensor, rotation: Tensor, mask: Tensor | None, remember: Remember | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rotation: Tensor,
+        cache: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, mask, remember)
+        """x (B, T, D) -> (B, T, D); the other arguments are those of Attention."""
+        x = x + self.attention(self.attention_norm(x), positions, rotation, cache, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
-    """`model(tokens, start_pos)` continues the sequences of the call before; 0 begins new ones."""
+    """`model(tokens, 0)` gives the logits of what follows; to go on from there, pass a cache."""
 
     def __init__(self, args: ModelArgs, linear: type[nn.Linear] = Int8Linear):
         super().__init__()
-        check("vocab_size", args.vocab_size, int, 1, 2**24)
         self.args = args
         # nn.Embedding itself begins with normal_(), which imports torch._dynamo: a second a start.
         table = torch.empty(args.vocab_size, args.dim).uniform_(-1, 1)
@@ -263,11 +210,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = linear(args.dim, args.vocab_size, bias=False)
-        # A model without memory gets its table with its weights.
+        # On the meta device there is none yet: it comes with the weights.
         rotation = None if table.is_meta else rotation_table(args, table.device)
         self.register_buffer("rotation", rotation, persistent=False)
-        self.cache: KVCache | None = None
-        self.cached = 0  # tokens in it
 
     def linears(self) -> list[list[nn.Linear]]:
         """All linear layers, those that read the same input together; the output head is last."""
@@ -277,54 +222,31 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        """Float32 logits (B, V) of what follows the last of tokens (B, T).
-
-        start_pos is the position of tokens[:, 0], one for all rows or a tensor (B,) with each row's
-        own. Without a cache the model keeps one itself, which grows with the sequences, and raises
-        ValueError past max_seq_len or where there is nothing to continue.
-        """
-        if cache is None:
-            cache = self._own_cache(tokens, start_pos)
+        """Float32 logits (B, V) of what follows the last of tokens (B, T); start_pos is the
+        position of tokens[:, 0], one for all sequences or a tensor (B,) with each one's own. The
+        cache holds what came before, and receives the keys and values of tokens. ValueError for
+        another start_pos than 0 without one."""
+        if cache is None and not (isinstance(start_pos, int) and start_pos == 0):
+            raise ValueError(
+                f"start_pos is {start_pos} without a cache: pass the KVCache that holds what came "
+                "before, or begin with 0"
+            )
         return self.output(self.features(tokens, start_pos, cache)[:, -1]).float()
 
     def features(
         self, tokens: Tensor, start_pos: int | Tensor = 0, cache: KVCache | None = None
     ) -> Tensor:
-        """What the output head reads, (B, T, D); without a cache, of these tokens alone."""
-        T = tokens.shape[1]
+        """What the output head reads, (B, T, D); arguments as those of forward()."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
         start = torch.as_tensor(start_pos, device=tokens.device).reshape(-1, 1)
-        positions = (start + torch.arange(T, device=tokens.device)).expand(tokens.shape)  # (B, T)
+        positions = (start + steps).expand(tokens.shape)  # (B, T)
         rotation, mask = self.rotation[positions], None
-        if cache and (isinstance(start_pos, Tensor) or start_pos > 0):
-            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
+        if cache is not None and (isinstance(start_pos, Tensor) or start_pos > 0):
+            seen = torch.arange(cache.k.shape[2], device=tokens.device)
+            mask = seen <= positions[:, None, :, None]
 
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, partial(cache.update, i, positions) if cache else None)
+            of_layer = (cache.k[i], cache.v[i]) if cache is not None else None
+            x = layer(x, positions, rotation, of_layer, mask)
         return self.norm(x)
-
-    def _own_cache(self, tokens: Tensor, start_pos: int | Tensor) -> KVCache:
-        B, T = tokens.shape
-        begins = torch.as_tensor(start_pos)
-        end = int(begins.max()) + T
-        if end > self.args.max_seq_len:
-            raise ValueError(
-                f"the sequence reaches {end} tokens, max_seq_len is {self.args.max_seq_len}: "
-                "shorten it or raise max_seq_len"
-            )
-        old, like = self.cache, self.tok_embeddings.weight
-        fits = old is not None and old.batch == B
-        fits = fits and (old.k.dtype, old.k.device) == (like.dtype, like.device)
-        there = self.cached if fits else 0
-        if int(begins.min()) < 0 or end - T > there:
-            raise ValueError(
-                f"start_pos is {start_pos}, but {there} tokens of these {B} sequences came before: "
-                "begin with 0 and go on where the last call ended"
-            )
-        self.cached = end
-        if not fits or old.length < end:
-            self.cache = KVCache(self.args, B, min(self.args.max_seq_len, max(64, 2 * end)), like)
-            if fits:
-                self.cache.k[:, :, : old.length] = old.k
-                self.cache.v[:, :, : old.length] = old.v
-        return self.cache

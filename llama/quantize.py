@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from llama import checkpoint, shards
+from llama import checkpoint
+from llama import params as shards
 from llama.cli import run
 
 

@@ -1,26 +1,31 @@
-"""What does a model take, and is there room?
+"""What a model takes, and whether it fits.
 
-Everything is counted from shapes, before anything is read: the weights, the keys and values of a
-number of sequences, and what a step works with. On CUDA the counts are those of torch's pool, which
-is what the driver sees; CUDA's own context comes on top.
+Everything is counted before anything is read: the weights, the keys and values of a number of
+sequences, and the buffers that a step works in, by making them on the meta device. On CUDA the
+counts are those of torch's pool, which is what the driver sees; CUDA's own context comes on top.
 """
 
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from llama.buffers import DecodeBuffers, PrefillBuffers
 from llama.int8 import Int8Linear
-from llama.model import ModelArgs, Transformer
+from llama.model import KVCache, ModelArgs, Transformer, rotation_table
 
 GIB = 2**30
+META = torch.device("meta")
 # Torch's CUDA pool asks the driver for whole multiples of this for tensors beyond 10 MiB
 # (c10/cuda/CUDACachingAllocator.h: kRoundLarge, kMinLargeAlloc). What it asks for smaller ones is
 # shared and too little to count.
 POOL_ROUND = 2 * 2**20
 POOL_LARGE = 10 * 2**20
+SAMPLING = 64  # bytes a logit: probabilities, their order and sums, in and beside a graph
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,19 @@ class Need:
 
 
 def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Need:
-    """Of `batch` sequences of `length` tokens; the model may be on "meta"."""
-    args = model.args
-    half_cache = cache_bytes(args, batch, length, dtype) // 2  # keys, and values
+    """For `batch` sequences of `length` tokens; the model may be on the meta device."""
+    cache = KVCache(model.args, batch, length, dtype, META)
     return Need(
-        sum(map(pooled, weight_tensors(model, dtype))) + 16 * args.max_seq_len * args.head_dim,
-        2 * pooled(half_cache),
-        work_bytes(args, batch, length),
+        sum(map(pooled, weight_sizes(model, dtype))),
+        pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
+        work_bytes(model.args, batch, length),
     )
 
 
-def weight_tensors(model: Transformer, dtype: torch.dtype) -> list[int]:
-    """Bytes of each tensor of weights that the loader makes, dtype being that of those not int8."""
-    sizes = [
+def weight_sizes(model: Transformer, dtype: torch.dtype) -> list[int]:
+    """Bytes of each tensor that the loader makes, dtype being that of weights that are not int8."""
+    sizes = [rotation_table(model.args, META).nbytes]
+    sizes += [
         parameter.numel() * dtype.itemsize
         for module in model.modules()
         if not isinstance(module, Int8Linear)
@@ -63,35 +68,38 @@ def weight_tensors(model: Transformer, dtype: torch.dtype) -> list[int]:
 
 
 def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
-    return sum(weight_tensors(model, dtype))
+    return sum(weight_sizes(model, dtype)[1:])
 
 
 def cache_bytes(args: ModelArgs, batch: int, length: int, dtype: torch.dtype) -> int:
-    return 2 * args.n_layers * batch * length * args.kv_heads * args.head_dim * dtype.itemsize
+    return sum(nbytes(KVCache(args, batch, length, dtype, META)))
 
 
 def work_bytes(args: ModelArgs, batch: int, length: int) -> int:
     """What is neither weights nor cache at the peak: the prefill of one prompt of `length` tokens
     in int8 on CUDA, and the buffers with which `batch` rows decode."""
-    D, F, V = args.dim, args.hidden_dim, args.vocab_size
-    qkv = (args.n_heads + 2 * args.kv_heads) * args.head_dim
-    residual, heads = 4 * D, 2 * D  # float32, fp16
-    codes = 5 * (D + F)  # kernels.quant_room: fp16, its codes, what was kept apart
-    prefill = length * (residual + heads + codes + 2 * qkv + 2 * 2 * F)
-    rows = 16 if batch <= 16 else -(-batch // 32) * 32  # of tensor cores
-    sums = 32 * rows * max(V, 3 * D, F)  # of kernels.linear_buffers
-    splits = 4 * batch * args.n_heads * 32 * (args.head_dim + 2)  # of kernels.attend_buffers
-    sampling = 64 * batch * V  # logits, probabilities, their order and sums, in and beside a graph
-    return prefill + sums + splits + sampling
+    prefill, decode = PrefillBuffers(args, length, META), DecodeBuffers(args, batch, META)
+    attention = prefill.qkv[:, : args.dim]
+    sampling = SAMPLING * batch * args.vocab_size
+    return sum(nbytes(prefill)) + attention.nbytes + sum(nbytes(decode)) + sampling
 
 
-def pooled(nbytes: int) -> int:
-    return -(-nbytes // POOL_ROUND) * POOL_ROUND if nbytes > POOL_LARGE else nbytes
+def nbytes(buffers) -> Iterator[int]:
+    """Bytes of each tensor that an object holds, in tuples too."""
+    for value in vars(buffers).values():
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, Tensor):
+                yield tensor.nbytes
+
+
+def pooled(count: int) -> int:
+    """Bytes that torch's pool takes for a tensor of so many."""
+    return -(-count // POOL_ROUND) * POOL_ROUND if count > POOL_LARGE else count
 
 
 def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
     """MemoryError unless the model and one sequence of max_seq_len fit on the device; a warning if
-    max_batch_size of them do not."""
+    max_batch_size sequences do not."""
     args, free = model.args, free_bytes(device)
     one = need(model, 1, args.max_seq_len, dtype)
     if one.total > free:
@@ -137,5 +145,6 @@ def _kernel_says(file: str, key: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.1f} MiB"
+def size(count: int) -> str:
+    """Bytes in GiB or MiB, for a person."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

@@ -7,8 +7,22 @@ as one uniform number a row, so a row's draw does not depend on its company.
 import torch
 from torch import Tensor
 
+from llama.settings import Settings
+
 NOT_FINITE = -1  # the token of a row whose logits are not all finite
 SMALLEST = 1e-30  # divisor: float32 takes 1e-46 for 0, and 0 / 0 is no number
+
+
+def next_token(
+    logits: Tensor, tokens: Tensor, lengths: Tensor, uniform: Tensor, settings: Settings
+) -> Tensor:
+    """The next token (B,) of sequences tokens[b, :lengths[b]], or NOT_FINITE."""
+    if settings.repetition_penalty != 1:
+        penalty, window = settings.repetition_penalty, settings.repetition_penalty_range
+        slope = settings.repetition_penalty_slope
+        logits = penalize(logits, tokens, lengths, penalty, window, slope)
+    temperature, top_p, top_k = settings.temperature, settings.top_p, settings.top_k
+    return sample(logits, temperature, top_p, uniform, top_k, settings.min_p)
 
 
 def sample(

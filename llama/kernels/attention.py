@@ -1,4 +1,4 @@
-"""Attention of a decode step: rotary embedding, cache and split sequences in one launch."""
+"""Attention of a decode step in one launch: rotary embedding, cache write, sequences in splits."""
 
 import torch
 import triton
@@ -6,9 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llama.buffers import MAX_SPLITS
 from llama.kernels.launch import dependent
-
-MAX_SPLITS = 32  # of a sequence among the programs of attend(); one program merges them
 
 
 def attend_torch(qkv, k_cache, v_cache, positions, rotation, out, splits=None) -> None:
@@ -49,7 +48,7 @@ def attend_kernel(
     MAX_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One head of one row a program, and of its sequence SPLIT tokens."""
+    """Each program attends for one head of one row to SPLIT tokens of its sequence."""
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
     split = tl.program_id(1)
@@ -78,7 +77,7 @@ def attend_kernel(
         best = -1.0e30
         total = 0.0
         value = tl.zeros((K,), tl.float32)
-        if position < first + SPLIT:  # this split owns the newest token, which no cache has yet
+        if position < first + SPLIT:  # the newest token is in this split, and not yet in the cache
             best = tl.sum(q * k_new.to(tl.float32), 0)
             total = 1.0
             value = v_new.to(tl.float32)
@@ -106,7 +105,7 @@ def attend_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + tl.program_id(0), 1)
         n = position // SPLIT + 1
-        if arrived == n - 1:  # the last one merges, in the order of the splits
+        if arrived == n - 1:  # the last to arrive merges all, in the order of the splits
             tl.store(arrivals + tl.program_id(0), 0)
             s = tl.arange(0, MAX_SPLITS)
             theirs = partial + (tl.program_id(0) * MAX_SPLITS + s) * (K + 2)
@@ -131,7 +130,7 @@ def attend(
 ) -> None:
     """Rotates the queries and keys of one new token a row, stores its key and value at `positions`
     (B,), and attends to all tokens up to it: qkv (B, (H + 2 Hkv) K) float32, caches (B, S, Hkv, K)
-    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `splits` is attend_buffers()."""
+    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `splits` is buffers.attend_buffers()."""
     B, S, Hkv, K = k_cache.shape
     H = qkv.shape[1] // K - 2 * Hkv
     split = max(64, triton.next_power_of_2(triton.cdiv(S, MAX_SPLITS)))
@@ -154,9 +153,3 @@ def attend(
         **dependent(qkv),
         num_warps=4,
     )
-
-
-def attend_buffers(B: int, H: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the programs of one sequence leave for the last one: results and a count, zeros."""
-    partial = torch.zeros(B * H * MAX_SPLITS * (K + 2), device=device)
-    return partial, torch.zeros(B * H, dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
 """int8 weights times a few rows: the linear layers of a decode step.
 
-One row reads each weight once and is bound by that; several go through int8 tensor cores, their
-activations split into two digits so that nothing is lost to rounding.
+A single row is bound by reading each weight once; several rows go through int8 tensor cores, their
+activations split into two int8 digits, which keep 15 bits.
 """
 
 import torch
@@ -11,17 +11,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from llama.buffers import BLOCK_N, MAX_PARTS, MOST_ROWS
 from llama.kernels.launch import dependent
 
 # Columns of a weight row that 128 threads request at once. The linears of 13B at batch 1 in one
 # graph read at 0.77 of a plain reduction's rate with it, all tiles of a row ahead of the wait (five
 # ahead: 0.75); 512: 0.76, 2048: 0.67, a whole row in one load: 0.65 (H200, 2026-11-23).
 TILE = 1024
-# Outputs a program and steps requested ahead for several rows. The linears of 13B in one graph read
-# at 0.67 (8 rows) and 0.54 (32) of that rate with these, the columns in 2 parts (4 where outputs
-# are few); 6 ahead: 0.54 and 0.44; 128 outputs: 0.64 and 0.54; 32: 0.43 and 0.30; twice the parts:
-# 0.59 and 0.51. Activations in fp16, on fp16 tensor cores: 0.26 at best (H200, 2026-11-23).
-BLOCK_N = 64
+# Steps requested ahead for several rows, of BLOCK_N = 64 outputs a program. The linears of 13B in one
+# graph read at 0.67 (8 rows) and 0.54 (32) of that rate with these, the columns in 2 parts (4 where
+# outputs are few); 6 ahead: 0.54 and 0.44; 128 outputs: 0.64 and 0.54; 32: 0.43 and 0.30; twice the
+# parts: 0.59 and 0.51. Activations in fp16, on fp16 tensor cores: 0.26 at best (H200, 2026-11-23).
 STAGES = 4
 GROUP = 128  # columns that share a scale where activations are split into two int8 digits
 DIGITS = 32512  # the largest value of two digits: 256 x 127
@@ -45,7 +45,7 @@ def normalized(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
 
 @triton.jit
 def requested(row, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """A row of weights as a tuple of tiles, all of them in flight; each byte is read once."""
+    """A row of weights as a tuple of tiles, all requested at once; each byte is read once."""
     columns = tl.arange(0, TILE)
     tiles = ()
     for i in tl.static_range(TILES):
@@ -77,7 +77,7 @@ def normalize_kernel(
     TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of the row a program; each reads all of it."""
+    """Each program normalizes a tile of the row, and reads all of it for its rms."""
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = columns < D
     if PDL:
@@ -102,7 +102,7 @@ def matvec_kernel(
     THEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One output a program: its whole row of weights is in flight before the wait."""
+    """Each program computes one output; it requests its whole row of weights before the wait."""
     n = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
@@ -154,7 +154,7 @@ def split_kernel(
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of a row a program; to normalize, each reads all of its row."""
+    """Each program splits a tile of a row; to normalize, it reads all of the row."""
     b, tile = tl.program_id(0), tl.program_id(1)
     columns = tile * TILE + tl.arange(0, TILE)
     inside = columns < D
@@ -224,7 +224,8 @@ def few_rows_kernel(
     THEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_N outputs of all rows a program, from a part of the columns, on int8 tensor cores."""
+    """Each program computes BLOCK_N outputs of all rows from a part of the columns, on int8 tensor
+    cores."""
     tile, part = tl.program_id(0), tl.program_id(1)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.arange(0, BLOCK_B)
@@ -254,7 +255,7 @@ def few_rows_kernel(
             whole = tl.dot(w, high, out_dtype=tl.int32) * 256 + tl.dot(w, low, out_dtype=tl.int32)
             y_up += whole.to(tl.float32) * scale[None, :]
 
-    # Everybody leaves what it has; who comes last adds all up, in the order of the parts.
+    # Each program stores its partial sum; the last to arrive adds them in the order of the parts.
     SIZE: tl.constexpr = BLOCK_N * BLOCK_B
     spot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
     mine = partial + (tile * SPLITS + part) * 2 * SIZE + spot
@@ -291,12 +292,16 @@ def linear(
     parts: tuple[Tensor, Tensor],
     norm: tuple[Tensor, float] | None = None,
 ) -> None:
-    """x (B, D) times int8 weights CB (N, D) with scales SCB (N,), accumulated in float32; B at most
-    32. x is fp16, or float32 and first normalized: norm is the weight (D,) fp16 and the epsilon of
-    an RMSNorm. `then` says what becomes of the product y (B, N): "store" puts it into out, "add"
-    adds it, "swiglu" puts silu(y's first half) * its second half into out (B, N / 2). `parts` is
-    linear_buffers()."""
+    """x (B, D) times int8 weights CB (N, D) with scales SCB (N,), accumulated in float32; beyond 32
+    rows the weights are read again for each 32. x is fp16, or float32 and first normalized: norm is
+    the weight (D,) fp16 and the epsilon of an RMSNorm. `then` says what becomes of the product y
+    (B, N): "store" puts it into out, "add" adds it, "swiglu" puts silu(y's first half) * its second
+    half into out (B, N / 2). `parts` is buffers.linear_buffers()."""
     (B, D), N = x.shape, out.shape[1]
+    if B > MOST_ROWS:
+        for some, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS)):
+            linear(some, CB, SCB, into, then, parts, norm)
+        return
     if B == 1:
         tiles = triton.cdiv(D, TILE)
         if norm:
@@ -307,7 +312,7 @@ def linear(
             )
         matvec_kernel[(N,)](x, CB, SCB, out, N, D, TILE, tiles, then, **dependent(x), num_warps=4)
         return
-    splits = 4 if N < 8192 else 2
+    splits = MAX_PARTS if N < 8192 else 2
     few_rows_kernel[(triton.cdiv(N, BLOCK_N), splits)](
         *split(x, norm),
         CB,
@@ -326,11 +331,3 @@ def linear(
         num_warps=4,
         num_stages=STAGES,
     )
-
-
-def linear_buffers(B: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the programs of linear() leave for the last one, for layers of up to N outputs (a
-    "swiglu" layer has half its weight's rows): partial sums and counts, zeros."""
-    tiles = triton.cdiv(N, BLOCK_N)
-    sums = tiles * BLOCK_N * max(16, triton.next_power_of_2(B)) * 2 * 4  # of both halves, 4 parts
-    return torch.zeros(sums, device=device), torch.zeros(tiles, dtype=torch.int32, device=device)

@@ -1,45 +1,58 @@
-"""How does a kernel start?
+"""How kernels are launched.
 
-Decoding is bound by reading the weights once a token, so a step is a chain of short kernels in one
-CUDA graph, and what is lost is the ramp at each start. From compute capability 9.0 on, kernels are
-launched as programmatic dependents: each lets the next one start at once, requests its own weights,
-which depend on no earlier kernel, and only then waits for the one before it.
+A decode step is bound by reading the weights, so it is a chain of short kernels in one CUDA graph,
+and what is lost is the ramp at each start. From compute capability 9.0 on, kernels are launched as
+programmatic dependents: each lets the next one start at once, requests its own weights, which
+depend on no earlier kernel, and only then waits for the one before it.
 
-A prompt is some hundred short kernels too, but of a length that no graph was captured for. Triton
-looks at each argument of each launch, which takes 20 us of a slow host; in layers that repeat, a
-look at the first one is enough.
+A prompt is some hundred short kernels too, but of a length for which no graph was captured. Triton
+examines every argument of every launch, which takes 20 us on a slow host; for layers that repeat,
+examining those of the first is enough.
 """
+
+import threading
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+
+class _Repetition(threading.local):
+    compiled: list | None = None  # the kernels of the first layer, in order; None: not repeating
+    at = 0
+
+
+_repetition = _Repetition()
+
+
+def repeating(layers: Iterable) -> Iterator:
+    """The layers, one by one, each of which must launch the same kernels as the first, with tensors
+    of the same types, alignment and strides. Close the iterator when done with it."""
+    _repetition.compiled = []
+    try:
+        for layer in layers:
+            _repetition.at = 0
+            yield layer
+    finally:
+        _repetition.compiled = None
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """kernel[grid](*args, **options), or what Triton compiled for the first of repeating layers."""
+    compiled, at = _repetition.compiled, _repetition.at
+    if compiled is None:
+        kernel[grid](*args, **options)
+        return
+    _repetition.at += 1
+    if at == len(compiled):
+        compiled.append(kernel[grid](*args, **options))  # the interpreter returns None
+    elif compiled[at] is None:
+        kernel[grid](*args, **options)
+    else:
+        compiled[at][(*grid, 1, 1)](*args)
 
 
 def dependent(x: Tensor) -> dict:
     """Launch options: as a programmatic dependent where the GPU can."""
     can = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     return {"PDL": can, "launch_pdl": True} if can else {"PDL": False}
-
-
-def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    kernel[grid](*args, **options)
-
-
-class Repeated:
-    """launch() for a sequence that is launched again and again with other tensors of the same kind,
-    aligned alike: from the second time on with what Triton compiled at the first."""
-
-    def __init__(self):
-        self.compiled = []
-        self.at = 0
-
-    def again(self) -> None:
-        self.at = 0
-
-    def __call__(self, kernel, grid: tuple[int, ...], *args, **options) -> None:
-        if self.at == len(self.compiled):
-            self.compiled.append(kernel[grid](*args, **options))  # the interpreter returns None
-        elif self.compiled[self.at] is None:
-            kernel[grid](*args, **options)
-        else:
-            self.compiled[self.at][(*grid, 1, 1)](*args)
-        self.at += 1

@@ -1,15 +1,13 @@
 """LLM.int8() for many rows: the linear layers of a prompt.
 
 The method of Dettmers et al. 2022 (arXiv 2208.07339, section 3) without asking the host:
-activations are rounded to int8 row by row, what reaches the threshold is kept apart in fp16, int8
-tensor cores multiply, and what was kept is added. The columns where anything was kept are listed on
-the device, in their order, so that results repeat bit for bit.
+activations are rounded to int8 row by row, those that reach the threshold are kept apart in fp16,
+int8 tensor cores multiply the codes, and the product of what was kept is added. Columns with
+anything kept are listed on the device, in their order, so that results repeat bit for bit.
 
-bitsandbytes keeps a column whole if any of its entries reaches the threshold. Here a column is kept
-from the first token on that reaches it: no token's result depends on those after it.
+bitsandbytes keeps a whole column if any of its entries reaches the threshold. Here a column is kept
+from the first token that reaches it on, so that no token's result depends on later ones.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.buffers import BLOCK_KEPT
 from llama.kernels.few_rows import normalized
 from llama.kernels.launch import launch
 
-# Outputs of BLOCK_M rows x BLOCK_N columns a program, BLOCK_K inputs a step. The linears of 13B for
+# A program computes BLOCK_M rows x BLOCK_N outputs, BLOCK_K inputs a step. The linears of 13B for
 # 512 and 1,900 rows take 13.5 and 49 ms with these (cuBLAS in fp16: 18.0 and 63); with 8 warps 16.8
 # and 50; 64 x 128, 4 stages: 15.1 and 56; 128 x 256, 8 warps: 17.7 and 54; inputs by 64: 17.9 and
 # 59; 4 stages: 23 and 71 (H200, 2026-11-23).
@@ -32,13 +31,12 @@ STAGES = 3
 # Blocks of rows computed side by side, while their weights are in the cache: with 8 the 1,900 rows
 # took 5 % longer, with 4 2 % (H200, 2026-11-23).
 NEIGHBOURS = 16
-BLOCK_KEPT = 16  # columns kept in fp16 that are added at once, the least of a tensor core
 CHUNK = 4096  # columns that kept_kernel searches at once
-KEPT_ROWS = 64  # a program of it
+KEPT_ROWS = 64  # rows for each of its programs
 NEVER = 2**31 - 1  # the first token that reaches the threshold in a column where none does
 
 
-def vectorwise_quant_torch(x, threshold, room, before="nothing", weight=None, eps=0.0, launch=None):
+def vectorwise_quant_torch(x, threshold, buffers, before="nothing", weight=None, eps=0.0):
     if before == "rms_norm":
         x = normalized(x, (weight, eps))
     if before == "swiglu":
@@ -52,7 +50,7 @@ def vectorwise_quant_torch(x, threshold, room, before="nothing", weight=None, ep
     since = large[:, columns].cummax(0).values
     rest = A[:, columns].float() - CA[:, columns] * (SCA / 127)[:, None]
     kept = columns, len(columns), rest.masked_fill(~since, 0).half()
-    room[0].copy_(A)
+    buffers[0].copy_(A)
     return CA.to(torch.int8), SCA, kept
 
 
@@ -71,7 +69,7 @@ def vectorwise_quant_kernel(
     TILES: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    """One row a program, in registers."""
+    """Each program quantizes one row, which it holds in registers."""
     m = tl.program_id(0)
     row = m.to(tl.int64) * D
     A += row
@@ -121,7 +119,7 @@ def vectorwise_quant_kernel(
             d = i * TILE + tl.arange(0, TILE)
             large = (d < D) & ((tl.abs(halves[i].to(tl.float32)) < threshold) == 0)
             token = tl.load(first + d, mask=large, other=0, cache_modifier=".cg")
-            # Only who comes earlier than all so far: many would queue at few addresses.
+            # Only earlier tokens than any so far: else many programs would queue at few addresses.
             tl.atomic_min(first + d, m, mask=large & (token > m), sem="relaxed")
 
 
@@ -142,8 +140,8 @@ def kept_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_KEPT: tl.constexpr,
 ):
-    """Lists the columns, all programs the same list, and what the codes of BLOCK_M rows left out of
-    them."""
+    """Each program lists all columns with anything kept, the same list as the others, and computes
+    what the codes of its BLOCK_M rows lack there."""
     n_kept = 0
     for start in range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -173,20 +171,19 @@ def kept_kernel(
 def vectorwise_quant(
     x: Tensor,
     threshold: float,
-    room: tuple[Tensor, ...],
+    buffers: tuple[Tensor, ...],
     before: str = "nothing",
     weight: Tensor | None = None,
     eps: float = 0.0,
-    launch: Callable = launch,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Rows as int8 codes and a scale each: A = CA * SCA / 127 where |A| < threshold. A (M, D) fp16
     is what `before` makes of x: "nothing" x itself; "rms_norm" of x (M, D) float32 with a weight
     (D,) fp16; "swiglu" silu(first half) * second half of x (M, 2 D) fp16.
 
-    Returns CA, SCA and what was kept apart: columns, how many, and what A has in them that its
-    codes lack (M, at least as many) fp16; they lie in `room`, quant_room(M, D).
+    Returns CA, SCA and what was kept apart: columns, how many, and what the codes lack of A there
+    (M, at least as many) fp16; all lie in `buffers`, which buffers.quant_buffers(M, D) makes.
     """
-    A, CA, SCA, first, *kept = room
+    A, CA, SCA, first, *kept = buffers
     (M, D), width = CA.shape, kept[2].shape[1]
     if before == "nothing":
         A = x
@@ -230,18 +227,7 @@ def vectorwise_quant(
     return CA, SCA, tuple(kept)
 
 
-def quant_room(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
-    """A, CA, SCA, the first token of each column that reached the threshold, and what was kept."""
-    half = {"dtype": torch.float16, "device": device}
-    whole = {"dtype": torch.int32, "device": device}
-    codes = torch.empty(M, D, dtype=torch.int8, device=device), torch.empty(M, device=device)
-    first, columns, count = (torch.empty(size, **whole) for size in (D, D, ()))
-    width = triton.cdiv(D, BLOCK_KEPT) * BLOCK_KEPT
-    rest = torch.empty(M, width, **half)
-    return torch.empty(M, D, **half), *codes, first, columns, count, rest
-
-
-def mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, out, then: str, launch=None) -> None:
+def mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, out, then: str) -> None:
     columns, count, rest = kept
     columns, rest = columns[:count].long(), rest[:, :count]
     y = CA.double() @ CB.double().T * (SCA / 127)[:, None]
@@ -327,7 +313,6 @@ def mixed_scaled_mm(
     SCB: Tensor,
     out: Tensor,
     then: str,
-    launch: Callable = launch,
 ) -> None:
     """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) with scales SCB (N,):
     "store" puts the product (M, N) into out, "add" adds it to out."""

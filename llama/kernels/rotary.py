@@ -1,6 +1,4 @@
-"""Rotary embedding of a prompt, and its keys and values into the cache."""
-
-from collections.abc import Callable
+"""Rotary embedding of a prompt; its keys and values go into the cache."""
 
 import torch
 import triton
@@ -12,7 +10,7 @@ from llama.kernels.launch import launch
 BLOCK_T = 16  # tokens a program
 
 
-def rotate_torch(qkv, k_cache, v_cache, rotation, launch=None) -> None:
+def rotate_torch(qkv, k_cache, v_cache, rotation) -> None:
     (T, _), (_, Hkv, K) = qkv.shape, k_cache.shape
     q, k, v = qkv.view(T, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 1)
     cos, sin = rotation[:T, None].unbind(-1)
@@ -34,7 +32,7 @@ def rotate_kernel(
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One head of BLOCK_T tokens a program."""
+    """Each program turns one head of BLOCK_T tokens."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     h = tl.program_id(1)
     d = tl.arange(0, K)[None, :]
@@ -54,12 +52,10 @@ def rotate_kernel(
         tl.store(v_cache + (t * HKV + h - H - HKV) * K + d, x, mask=inside)
 
 
-def rotate(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rotation: Tensor, launch: Callable = launch
-) -> None:
-    """Queries, keys and values of the T first tokens of a sequence, side by side in qkv
-    (T, (H + 2 Hkv) K) fp16: queries and keys are rotated in place, keys and values also stored in
-    the caches (S, Hkv, K) fp16; rotation (.., K/2, 2) float32."""
+def rotate(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rotation: Tensor) -> None:
+    """Rotates queries and keys of the first T tokens of a sequence in place, and stores keys and
+    values in the caches (S, Hkv, K) fp16. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by side;
+    rotation (.., K/2, 2) float32."""
     (T, width), (_, Hkv, K) = qkv.shape, k_cache.shape
     heads = width // K
     grid = (triton.cdiv(T, BLOCK_T), heads)

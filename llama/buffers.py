@@ -1,0 +1,72 @@
+"""The memory that kernels work in, made once for a prompt or for a running batch.
+
+On the meta device these take no memory and still have sizes, from which `room` counts. Triton is
+not needed for that, so the constants that fix a size are here, not beside the kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from llama.model import ModelArgs
+
+MOST_ROWS = 32  # that `kernels.linear` multiplies at once; more rows go in groups
+BLOCK_N = 64  # outputs a program of it, when there are several rows
+MAX_PARTS = 4  # into which it splits the columns of a weight
+MAX_SPLITS = 32  # of a sequence among the programs of `kernels.attend`; one program merges them
+BLOCK_KEPT = 16  # columns kept in fp16 that are added at once, the least of a tensor core
+
+
+class PrefillBuffers:
+    """For the layers of a prompt of T tokens."""
+
+    def __init__(self, args: ModelArgs, T: int, device: torch.device):
+        half = {"dtype": torch.float16, "device": device}
+        heads = args.n_heads + 2 * args.kv_heads
+        self.residual = torch.empty(T, args.dim, device=device, dtype=torch.float32)
+        self.qkv = torch.empty(T, heads * args.head_dim, **half)
+        self.w13 = torch.empty(T, 2 * args.hidden_dim, **half)
+        self.dim = quant_buffers(T, args.dim, device)
+        self.hidden = quant_buffers(T, args.hidden_dim, device)
+
+
+class DecodeBuffers:
+    """For the steps of B sequences, and for the output head."""
+
+    def __init__(self, args: ModelArgs, B: int, device: torch.device):
+        half = {"dtype": torch.float16, "device": device}
+        single = {"dtype": torch.float32, "device": device}
+        heads = args.n_heads + 2 * args.kv_heads
+        self.qkv = torch.empty(B, heads * args.head_dim, **single)
+        self.heads = torch.empty(B, args.dim, **half)
+        self.hidden = torch.empty(B, args.hidden_dim, **half)
+        self.logits = torch.empty(B, args.vocab_size, **single)
+        outputs = max(args.vocab_size, 3 * args.dim, args.hidden_dim)
+        self.linear = linear_buffers(outputs, device)
+        self.attend = attend_buffers(B, args.n_heads, args.head_dim, device)
+
+
+def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
+    """For `kernels.vectorwise_quant` of M rows: A, CA, SCA, the first token of each column that
+    reached the threshold, and what was kept: columns, how many, values."""
+    half = {"dtype": torch.float16, "device": device}
+    whole = {"dtype": torch.int32, "device": device}
+    CA = torch.empty(M, D, dtype=torch.int8, device=device)
+    SCA = torch.empty(M, dtype=torch.float32, device=device)
+    first, columns, count = (torch.empty(size, **whole) for size in (D, D, ()))
+    width = -(-D // BLOCK_KEPT) * BLOCK_KEPT
+    return torch.empty(M, D, **half), CA, SCA, first, columns, count, torch.empty(M, width, **half)
+
+
+def linear_buffers(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For `kernels.linear` with up to N outputs (a "swiglu" layer has half its weight's rows): the
+    partial sums of its programs, and how many have arrived."""
+    tiles = -(-N // BLOCK_N)
+    sums = tiles * BLOCK_N * MOST_ROWS * 2 * MAX_PARTS  # 2: both halves of "swiglu"
+    partial = torch.zeros(sums, dtype=torch.float32, device=device)
+    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def attend_buffers(B: int, H: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For `kernels.attend`: the results of the splits of each head, and how many have arrived."""
+    partial = torch.zeros(B * H * MAX_SPLITS * (K + 2), dtype=torch.float32, device=device)
+    return partial, torch.zeros(B * H, dtype=torch.int32, device=device)
