@@ -4,9 +4,9 @@
 newest token of every slot. A slot's tokens are drawn from its own logits with its own random
 numbers, so that no sequence depends on the others.
 
-Two engines compute the logits, with the same three methods: `TorchEngine` here, by the model's own
-forward, and `fused.FusedEngine`, out of our kernels. Where the engine lets it, a step is captured in
-a CUDA graph: launched one by one from Python, its kernels would take longer to launch than to run.
+Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
+`fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:
+launched one by one from Python, its kernels would take longer to launch than to run.
 """
 
 from collections.abc import Callable

@@ -103,7 +103,7 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> list[str]:
-        """Each prompt with its continuation, in order; max_batch_size of them are continued at once.
+        """Each prompt with its continuation, in order. They go in groups of max_batch_size.
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a

@@ -1,4 +1,5 @@
 """temporary"""
+
 import json
 import warnings
 from dataclasses import fields, replace
@@ -79,7 +80,17 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
     try:
         args = ModelArgs(**params)
-        check_fields(args, dim=(int, 1, 2**17), n_layers=(int, 1, 1000), n_heads=(int, 1, 2**17), vocab_size=(int, -1, 2**24), multiple_of=(int, 1, 2**17), ffn_dim_multiplier=(float, 0.01, 100), norm_eps=(float, 1e-12, 0.1), rope_theta=(float, 100, 1e12))
+        check_fields(
+            args,
+            dim=(int, 1, 2**17),
+            n_layers=(int, 1, 1000),
+            n_heads=(int, 1, 2**17),
+            vocab_size=(int, -1, 2**24),
+            multiple_of=(int, 1, 2**17),
+            ffn_dim_multiplier=(float, 0.01, 100),
+            norm_eps=(float, 1e-12, 0.1),
+            rope_theta=(float, 100, 1e12),
+        )
         check_fields(args, n_kv_heads=(int, 1, args.n_heads))
         if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
             raise ValueError("heads of one even width")
@@ -93,5 +104,3 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
             "pass the tokenizer.model that came with these weights"
         )
     return args
-
-

@@ -16,13 +16,12 @@ def pieces(prompt, ids, stop=(), limit=10**6, every=1):
     """Text as it comes, when it is read after each `every` ids."""
     row = Continuation(TOKENIZER, TOKENIZER.encode(prompt, True, False), limit, stop)
     read = []
-    for n, id in enumerate(ids, 1):
-        row.ids.append(id)
-        if n % every == 0:
-            read.append(row.read())
+    for n, id in enumerate([*ids, TOKENIZER.eos_id], 1):
         if row.finish_reason:
             break
-    row.finish()
+        row.add(id)
+        if n % every == 0:
+            read.append(row.read())
     read.append(row.read())
     assert "".join(read) == row.text and row.read() == ""
     return [piece for piece in read if piece], row
@@ -31,7 +30,7 @@ def pieces(prompt, ids, stop=(), limit=10**6, every=1):
 def random_ids(generator, n):
     """Bytes that begin, continue and break characters, spaces, controls, and pieces of text."""
     some_bytes = [0x0A, 0x41, 0x80, 0x8A, 0x9F, 0xA6, 0xBD, 0xBF, 0xC3, 0xE0, 0xEF, 0xF0, 0xFF]
-    choices = [3 + byte for byte in some_bytes] + [0, 1, 2, TOKENIZER._sp.piece_to_id("▁")]
+    choices = [3 + byte for byte in some_bytes] + [0, 1, TOKENIZER._sp.piece_to_id("▁")]
     ids = [generator.choice(choices) for _ in range(n)]
     return [i if generator.random() < 0.6 else generator.randrange(259, 4096) for i in ids]
 

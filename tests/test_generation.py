@@ -5,13 +5,32 @@ import inspect
 import pytest
 import torch
 
-from llama import LLaMA, Settings, generation
+from llama import LLaMA, Settings, decode, generation
+from llama.decode import Decoder
 
 PROMPTS = [
     "Once upon a time there was a little",
     "The king",
     "In the middle of the forest, where nobody ever went, an old bear had built himself a house",
 ]
+
+
+def decoder_of(llm, prompt_ids, count, seen):
+    """Takes the most likely token of each slot, `count` of them; seen gets the logits."""
+
+    def pick(logits, *_):
+        seen.append(logits.clone())
+        return logits.argmax(-1)
+
+    length = max(map(len, prompt_ids)) + count
+    decoder = Decoder(llm.model, llm.engine, len(prompt_ids), length, pick)
+    for slot, ids in enumerate(prompt_ids):
+        decoder.prefill(slot, ids, torch.zeros(count))
+    return decoder
+
+
+def encoded(llm, *prompts):
+    return [llm.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
 
 def test_results_are_prompts_with_continuations_in_order(demo):
@@ -52,16 +71,39 @@ def test_no_seed_is_random(demo):
     assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
 
 
+@torch.inference_mode()
 def test_decode_agrees_with_one_prefill_of_its_result(demo_float):
     """Greedy tokens are the most likely ones when the whole text is scored at once."""
-    model, tokenizer = demo_float.model, demo_float.tokenizer
-    prompt_ids = tokenizer.encode(PROMPTS[0], bos=True, eos=False)
-    steps = demo_float._decode([prompt_ids], 80, lambda logits, *_: logits.argmax(-1), 0)
-    new_ids = [step[0] for step in steps]
-    assert len(new_ids) == 80
-    with torch.no_grad():
-        logits = model.output(model.features(torch.tensor([prompt_ids + new_ids])))[0]
-    assert logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist() == new_ids
+    model, [ids] = demo_float.model, encoded(demo_float, PROMPTS[0])
+    decoder = decoder_of(demo_float, [ids], 80, [])
+    new_ids = [decoder.step()[0][0] for _ in range(80)]
+    logits = model.output(model.features(torch.tensor([ids + new_ids])))[0]
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new_ids
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
+    """Its tokens are those it has alone, the others' what they would have been."""
+    llm = LLaMA.build(device=device, use_int8=device == "cuda")
+    one, two, new = encoded(llm, *PROMPTS)
+
+    def alone(ids, count):
+        decoder = decoder_of(llm, [ids, two], count, [])
+        return [decoder.step()[0][0] for _ in range(count)]
+
+    decoder = decoder_of(llm, [one, two], 40, [])
+    steps = [decoder.step()[0] for _ in range(10)]
+    decoder.prefill(0, new, torch.zeros(12))
+    steps += [decoder.step()[0] for _ in range(12)]
+    ids = [list(column) for column in zip(*steps)]
+    assert ids[0] == alone(one, 10) + alone(new, 12)
+    assert ids[1] == [decoder_step[1] for decoder_step in both(llm, [one, two], 22)]
+
+
+def both(llm, prompt_ids, count):
+    decoder = decoder_of(llm, prompt_ids, count, [])
+    return [decoder.step()[0] for _ in range(count)]
 
 
 @pytest.mark.parametrize("stop", [[], ["the", "and a"]])
@@ -89,15 +131,25 @@ def test_top_k_1_and_min_p_1_are_greedy(demo):
 
 def test_signatures_show_each_setting():
     """What a notebook shows, in the order and with the defaults that callers rely on."""
-    shown = str(inspect.signature(LLaMA.generate))
-    assert shown.startswith(
-        "(self, prompts: list[str], max_gen_len: int = 256, temperature: float = 0.8, "
-        "top_p: float = 0.95, repetition_penalty: float = 1.0, "
-        "repetition_penalty_range: int = 1024, repetition_penalty_slope: float = 0.0, "
-        "seed: int | None = None, stop: list[str] = (), "
-    )
-    with pytest.raises(TypeError, match="missing a required argument: 'prompts'"):
-        LLaMA.generate(None)
+    settings = inspect.signature(Settings).parameters.values()
+    for method, what in ((LLaMA.generate, "prompts"), (LLaMA.stream, "prompt")):
+        parameters = dict(inspect.signature(method).parameters)
+        assert list(parameters)[:2] == ["self", what]
+        assert list(parameters.values())[2:] == list(settings)
+    for name in inspect.signature(Settings).parameters:
+        assert f"    {name}: " in LLaMA.generate.__doc__
+    with pytest.raises(TypeError, match=r"LLaMA.generate\(\) got .* argument 'max_new_tokens'"):
+        LLaMA.generate(None, [], max_new_tokens=5)
+
+
+def test_settings_arrive_where_they_belong(demo, monkeypatch):
+    """Each by its place: no two change places between generate, stream and Settings."""
+    values = 7, 0.5, 0.25, 1.5, 9, 0.75, 11, ("x",), 13, 0.125
+    seen = []
+    monkeypatch.setattr(demo, "steps", lambda _, settings: seen.append(settings) or iter([[]]))
+    demo.generate([], *values)
+    demo.stream("", *values)
+    assert seen == [Settings(*values)] * 2
 
 
 def test_logprobs_are_those_of_one_prefill(demo_float):
@@ -222,10 +274,9 @@ def test_prompt_is_returned_verbatim(demo):
 
 def test_max_seq_len_ends_a_row(make_folder):
     llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu")
-    ids = llm.tokenizer.encode("The king", bos=True, eos=False)
-    steps = list(llm._decode([ids, ids[:2]], 100, lambda logits, *_: logits.argmax(-1), 0))
-    assert sum(0 in step for step in steps) == 16 - len(ids)
-    assert sum(1 in step for step in steps) == 14
+    *_, rows = llm.steps(["The king", "A"], Settings(16, temperature=0))
+    assert [len(row.prompt_ids) + len(row.ids) for row in rows] == [16, 16]
+    assert [row.finish_reason for row in rows] == ["length", "length"]
 
 
 def test_prompt_as_long_as_max_seq_len_gets_no_continuation(make_folder):
@@ -241,16 +292,29 @@ def test_prompt_as_long_as_max_seq_len_gets_no_continuation(make_folder):
 
 def test_cache_takes_what_this_call_needs(demo, monkeypatch):
     made = []
-    cache = generation.KVCache
-    monkeypatch.setattr(generation, "KVCache", lambda *a: made.append(a) or cache(*a))
+    cache = decode.KVCache
+    monkeypatch.setattr(decode, "KVCache", lambda *a: made.append(a) or cache(*a))
     demo.generate(PROMPTS[:2], max_gen_len=5)
-    longest = max(len(demo.tokenizer.encode(p, True, False)) for p in PROMPTS[:2])
-    assert made[0][1:3] == (2, longest + 5)
+    assert made[0][1:3] == (2, max(map(len, encoded(demo, *PROMPTS[:2]))) + 5)
+
+
+def test_a_list_of_any_length_goes_in_groups(make_folder):
+    """A seed's draws belong to a place in the list, whatever the groups are."""
+    folder, prompts = make_folder()[0], ["The king", "A fox", "One day", "A", "The king"]
+    texts = [
+        LLaMA.build(folder, max_batch_size=size, device="cpu", use_int8=False).generate(
+            prompts, 12, seed=5
+        )
+        for size in (1, 2, 32)
+    ]
+    assert texts[0] == texts[1] == texts[2] and texts[0][0] != texts[0][4]
 
 
 def test_a_very_long_wish_takes_no_more_than_there_is_room_for(make_folder):
     llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu")
-    assert llm.generate(PROMPTS[:1], 2**31, seed=1) == llm.generate(PROMPTS[:1], 16, seed=1)
+    with pytest.warns(UserWarning, match=r"max_gen_len is \d+, but .* end at max_seq_len, 16 "):
+        longest = llm.generate(PROMPTS[:1], 2**31, seed=1)
+    assert longest == llm.generate(PROMPTS[:1], 16, seed=1)
 
 
 def test_no_prompts_no_results(demo):
@@ -273,8 +337,9 @@ def test_no_prompts_no_results(demo):
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty_range": 0}, "repetition_penalty_range is 0"),
         ({"repetition_penalty_slope": -1}, "repetition_penalty_slope is -1"),
-        ({"stop": "The end"}, "stop is 'The end', expected a list of strings"),
-        ({"stop": ["a", ""]}, "stop is .'a', ''., expected a list of strings, none of them empty"),
+        ({"stop": 5}, "stop is 5, expected a text or a list of texts"),
+        ({"stop": ""}, "stop is '', expected a text or a list of texts, none of them empty"),
+        ({"stop": ["a", ""]}, "stop is .'a', ''., expected a text or a list of texts"),
         ({"top_k": -1}, "top_k is -1, expected a whole number, from 0"),
         ({"min_p": 1.5}, "min_p is 1.5, expected a number, from 0 to 1"),
         ({"seed": -1}, "seed is -1"),
@@ -283,13 +348,21 @@ def test_no_prompts_no_results(demo):
         ({"prompts": [1]}, "expected a list of strings"),
         ({"prompts": None}, "prompts is None, expected a list of strings"),
         ({"prompts": ["a", "b\ud800"]}, "prompt 2 holds half a character"),
-        ({"prompts": ["a"] * 33}, "33 prompts, max_batch_size is 32"),
     ],
     ids=str,
 )
 def test_settings_out_of_range(demo, settings, message):
     with pytest.raises(ValueError, match=message):
         demo.generate(**{"prompts": ["a"], "max_gen_len": 5} | settings)
+
+
+def test_prompts_are_checked_without_a_model(make_folder):
+    folder = make_folder()[0]
+    generation.check_prompts(["a", "b"], folder)
+    with pytest.raises(ValueError, match="prompt 2 has .* tokens, max_seq_len is 512"):
+        generation.check_prompts(["a", "a " * 600], folder)
+    with pytest.raises(FileNotFoundError, match="/nowhere does not exist"):
+        generation.check_prompts([], "/nowhere")
 
 
 def test_stream_says_at_once_what_is_wrong(demo):
@@ -327,7 +400,7 @@ def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
         ({"engine": "fast"}, "engine is 'fast', expected triton or bnb"),
         ({"ckpt_dir": ""}, "ckpt_dir is '', expected the model folder"),
         ({"ckpt_dir": 5}, "ckpt_dir is 5, expected the model folder"),
-        ({"prompts": ["a " * 600]}, "prompt 1 has .* tokens, max_seq_len is 512"),
+        ({"device": "cpu:7"}, "device is cpu:7, expected cuda, cuda:1 or cpu"),
         ({"max_batch_size": "many"}, "max_batch_size is 'many', expected a whole number"),
     ],
     ids=str,

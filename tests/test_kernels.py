@@ -14,6 +14,7 @@ import pytest
 import torch
 
 kernels = pytest.importorskip("llama.kernels", reason="needs triton")
+from llama.buffers import attend_buffers, linear_buffers, quant_buffers  # noqa: E402
 from llama.kernels import few_rows  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -65,7 +66,7 @@ def check_linear(B, D, N, then, norm=None):
     n = N // 2 if then == "swiglu" else N
     ours = random(B, n) if then == "add" else poisoned(B, n)
     theirs = ours.clone()
-    parts = kernels.linear_buffers(B, n, x.device)
+    parts = linear_buffers(n, x.device)
     if then != "add":  # the counts must be ready for the next time
         kernels.linear(x, CB, SCB, ours, then, parts, norm)
     kernels.linear(x, CB, SCB, ours, then, parts, norm)
@@ -84,7 +85,7 @@ def norm_of(D):
     return random(D, dtype=torch.float16), 1e-5
 
 
-@pytest.mark.parametrize("B", [1, 5, 32])
+@pytest.mark.parametrize("B", [1, 5, 32, 33])
 @pytest.mark.parametrize("then", ["store", "add", "swiglu"])
 @pytest.mark.parametrize("D, N", SHAPES)
 def test_linear(B, D, N, then):
@@ -120,7 +121,7 @@ def test_a_row_does_not_depend_on_the_others(B):
     x, CB, SCB, ours = check_linear(B, 300, 90, "store")
     x[1:] = random(B - 1, 300).half() * 100
     again = torch.empty_like(ours)
-    parts = kernels.linear_buffers(B, 90, x.device)
+    parts = linear_buffers(90, x.device)
     kernels.linear(x, CB, SCB, again, "store", parts)
     assert torch.equal(ours[0], again[0])
     kernels.linear(x.roll(1, 0), CB, SCB, again, "store", parts)
@@ -153,7 +154,7 @@ def check_attend(positions, S, H, Hkv, K):
     angles = torch.outer(torch.arange(S), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
     rotation = torch.stack([angles.cos(), angles.sin()], -1)
     positions = torch.tensor(positions, device=DEVICE)
-    splits = kernels.attend_buffers(B, H, K, qkv.device)
+    splits = attend_buffers(B, H, K, qkv.device)
     ours, theirs = (poisoned(B, H * K, dtype=torch.float16) for _ in range(2))
     for _ in range(2):  # the count of arrivals must be ready for the next time
         kernels.attend(qkv, *caches, positions, rotation, ours, splits)
@@ -198,7 +199,7 @@ def rows(M, D, before, outliers):
 
 def check_llm_int8(M, D, N, before, outliers, then):
     (x, weight), (CB, SCB) = rows(M, D, before, outliers), matrix(D, N)
-    room, their_room = (kernels.quant_room(M, D, x.device) for _ in range(2))
+    room, their_room = (quant_buffers(M, D, x.device) for _ in range(2))
     CA, SCA, kept = kernels.vectorwise_quant(x, 6.0, room, before, weight, 1e-5)
     kernels.vectorwise_quant_torch(x, 6.0, their_room, before, weight, 1e-5)
     A = x if before == "nothing" else room[0]
@@ -263,7 +264,7 @@ def test_tokens_do_not_depend_on_later_ones():
     for value in (1, 1000):
         x[-1, 5] = value
         out = torch.zeros(9, 90, device=DEVICE)
-        codes = kernels.vectorwise_quant(x, 6.0, kernels.quant_room(9, 300, x.device))
+        codes = kernels.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
         kernels.mixed_scaled_mm(*codes, CB, SCB, out, "add")
         results.append(out)
     assert torch.allclose(results[0][:-1], results[1][:-1], rtol=1e-5, atol=1e-5)
@@ -275,7 +276,7 @@ def test_what_is_not_finite_stays_so_in_its_row(value):
     (x, _), (CB, SCB) = rows(9, 300, "nothing", 4), matrix(300, 90)
     x[3, 7] = value
     out = torch.zeros(9, 90, device=DEVICE)
-    codes = kernels.vectorwise_quant(x, 6.0, kernels.quant_room(9, 300, x.device))
+    codes = kernels.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
     kernels.mixed_scaled_mm(*codes, CB, SCB, out, "add")
     finite = out.isfinite()
     assert not finite[3, SCB > 0].any() and finite[:3].all() and finite[4:].all()
@@ -288,12 +289,12 @@ def test_error_is_at_most_that_of_bitsandbytes(D, N, then):
     from llama.int8 import Int8Linear
 
     (x, weight), (CB, SCB) = rows(256, D, "rms_norm", 6), matrix(D, N)
-    room = kernels.quant_room(256, D, x.device)
+    room = quant_buffers(256, D, x.device)
     codes = kernels.vectorwise_quant(x, 6.0, room, "rms_norm", weight, 1e-5)
     A = room[0]
     prefill, decode = (torch.zeros(M, N, device=DEVICE) for M in (256, 8))
     kernels.mixed_scaled_mm(*codes, CB, SCB, prefill, "add")
-    parts = kernels.linear_buffers(8, N, x.device)
+    parts = linear_buffers(N, x.device)
     kernels.linear(A[:8], CB, SCB, decode, "store", parts)
     stock = Int8Linear(D, N)
     stock.set(CB, SCB)

@@ -100,7 +100,7 @@ def fails_at(step, model, error):
     return failing
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 9])
+@pytest.mark.parametrize("step", [1, 2, 8])
 def test_out_of_memory_names_the_flags_and_a_smaller_call_works(demo, monkeypatch, step):
     expected = demo.generate(PROMPTS[:1], 8, seed=1)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")

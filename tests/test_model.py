@@ -36,6 +36,10 @@ def float_model(params: dict, weights: dict, **limits) -> Transformer:
     return model
 
 
+def cache_of(model, batch, length=20):
+    return KVCache(model.args, batch, length, torch.float32, "cpu")
+
+
 def build(**overrides):
     params = tiny_params(**overrides)
     weights = random_weights(params, dtype=torch.float32, outliers=(3,), vocab_size=100)
@@ -70,11 +74,11 @@ def test_swapped_kv_heads_are_seen():
 @pytest.mark.parametrize("name", ["as LLaMA", "grouped queries"])
 def test_cache_equals_no_cache(name):
     _, _, model = build(**SHAPES[name])
-    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
-    model(tokens[:, :4], 0)
-    model(tokens[:, 4:9], 4)
+    tokens, cache = torch.tensor([TOKENS, TOKENS[::-1]]), cache_of(model, 2)
+    model(tokens[:, :4], 0, cache)
+    model(tokens[:, 4:9], 4, cache)
     for i in range(9, len(TOKENS)):
-        cached = model(tokens[:, i : i + 1], i)
+        cached = model(tokens[:, i : i + 1], i, cache)
     with torch.no_grad():
         expected = model.output(model.features(tokens)[:, -1])
     assert (cached - expected).abs().max() < TOLERANCE
@@ -83,42 +87,20 @@ def test_cache_equals_no_cache(name):
 def test_own_positions_in_one_batch_equal_one_by_one():
     _, _, model = build()
     prompts = [TOKENS[:9], TOKENS[:3], TOKENS[:6]]
-    cache = KVCache(model.args, 3, 20, model.tok_embeddings.weight)
+    cache = cache_of(model, 3)
     for row, prompt in enumerate(prompts):
-        model(torch.tensor([prompt]), 0, cache.split(1)[row])
+        model(torch.tensor([prompt]), 0, cache.slot(row))
     together = model(torch.tensor([[40], [41], [42]]), torch.tensor([9, 3, 6]), cache)
     for row, prompt in enumerate(prompts):
         alone = model(torch.tensor([[*prompt, 40 + row]]), 0)
         assert (together[row] - alone[0]).abs().max() < TOLERANCE
 
 
-def test_own_cache_grows_and_begins_anew():
+@pytest.mark.parametrize("start_pos", [5, torch.tensor([5])])
+def test_nothing_to_continue_is_an_error(start_pos):
     _, _, model = build()
-    tokens = torch.tensor([TOKENS * 4])
-    for i in range(tokens.shape[1]):
-        cached = model(tokens[:, i : i + 1], i)
-    assert model.cache.length <= model.args.max_seq_len
-    whole = model(tokens, 0)
-    assert (cached - whole).abs().max() < TOLERANCE
-
-
-def test_past_max_seq_len_is_an_error():
-    _, _, model = build()
-    with pytest.raises(ValueError, match="reaches 65 tokens, max_seq_len is 64"):
-        model(torch.zeros(1, 1, dtype=torch.long), 64)
-
-
-def test_nothing_to_continue_is_an_error():
-    _, _, model = build()
-    with pytest.raises(ValueError, match="start_pos is 5, but 0 tokens of these 1 sequences"):
-        model(torch.tensor([TOKENS]), 5)
-    model(torch.tensor([TOKENS]), 0)
-    with pytest.raises(ValueError, match="but 0 tokens of these 2 sequences came before"):
-        model(torch.tensor([[3], [4]]), len(TOKENS))
-    model(torch.tensor([TOKENS]), 0)
-    for start_pos in (-1, len(TOKENS) + 1):
-        with pytest.raises(ValueError, match="13 tokens of these 1 sequences came before"):
-            model(torch.tensor([[3]]), start_pos)
+    with pytest.raises(ValueError, match="without a cache: pass the KVCache that holds what came"):
+        model(torch.tensor([TOKENS]), start_pos)
 
 
 def test_usable_as_soon_as_built():
@@ -156,5 +138,5 @@ def test_ffn_sizes_of_the_published_models(shape, hidden):
 
 def test_cache_takes_what_it_is_asked_for():
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100)
-    cache = KVCache(args, 3, 10, torch.empty(0))
+    cache = KVCache(args, 3, 10, torch.half, "meta")
     assert cache.k.shape == cache.v.shape == (2, 3, 10, 2, 16)

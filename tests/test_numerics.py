@@ -6,7 +6,8 @@ import oracle
 import pytest
 import torch
 from checkpoints import random_weights, tiny_params
-from test_model import TOLERANCE, float_model
+from test_generation import decoder_of
+from test_model import TOLERANCE, cache_of, float_model
 
 from llama import LLaMA
 
@@ -55,10 +56,9 @@ def test_last_position_of_a_long_context(theta):
     tokens = torch.randint(3, 100, (1, 2048), generator=torch.Generator().manual_seed(1))
     expected = torch.from_numpy(oracle.logits(weights, params, tokens[0].tolist())[-1])
     assert (model(tokens, 0)[0] - expected).abs().max() < TOLERANCE
-    model(tokens[:, :-1], 0)
-    assert (model(tokens[:, -1:], 2047)[0] - expected).abs().max() < TOLERANCE
-    with pytest.raises(ValueError, match="reaches 2049 tokens, max_seq_len is 2048"):
-        model(tokens[:, -1:], 2048)
+    cache = cache_of(model, 1, 2048)
+    model(tokens[:, :-1], 0, cache)
+    assert (model(tokens[:, -1:], 2047, cache)[0] - expected).abs().max() < TOLERANCE
 
 
 @pytest.fixture
@@ -70,16 +70,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@torch.inference_mode()
 def decoded(llm, prompt_ids):
     """Logits (steps, B, V) of two tokens for each row, most likely ones."""
     seen = []
-
-    def choose(logits, *_):
-        seen.append(logits.clone())
-        return logits.argmax(-1)
-
-    list(llm._decode(prompt_ids, 2, choose, 0))
-    return torch.stack(seen)
+    decoder = decoder_of(llm, prompt_ids, 2, seen)
+    for _ in range(2):
+        decoder.step()
+    return torch.stack([torch.cat(seen[:-1]), seen[-1]])
 
 
 @pytest.mark.slow

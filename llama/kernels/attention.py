@@ -130,7 +130,8 @@ def attend(
 ) -> None:
     """Rotates the queries and keys of one new token a row, stores its key and value at `positions`
     (B,), and attends to all tokens up to it: qkv (B, (H + 2 Hkv) K) float32, caches (B, S, Hkv, K)
-    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `splits` is buffers.attend_buffers()."""
+    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. buffers.attend_buffers() makes
+    `splits`."""
     B, S, Hkv, K = k_cache.shape
     H = qkv.shape[1] // K - 2 * Hkv
     split = max(64, triton.next_power_of_2(triton.cdiv(S, MAX_SPLITS)))

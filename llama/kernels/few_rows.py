@@ -18,7 +18,7 @@ from llama.kernels.launch import dependent
 # graph read at 0.77 of a plain reduction's rate with it, all tiles of a row ahead of the wait (five
 # ahead: 0.75); 512: 0.76, 2048: 0.67, a whole row in one load: 0.65 (H200, 2026-11-23).
 TILE = 1024
-# Steps requested ahead for several rows, of BLOCK_N = 64 outputs a program. The linears of 13B in one
+# Steps requested ahead for several rows, BLOCK_N = 64 outputs a program. The linears of 13B in a
 # graph read at 0.67 (8 rows) and 0.54 (32) of that rate with these, the columns in 2 parts (4 where
 # outputs are few); 6 ahead: 0.54 and 0.44; 128 outputs: 0.64 and 0.54; 32: 0.43 and 0.30; twice the
 # parts: 0.59 and 0.51. Activations in fp16, on fp16 tensor cores: 0.26 at best (H200, 2026-11-23).
