@@ -1,12 +1,13 @@
-"""How is a matrix stored and multiplied in 8 bits?
+"""Matrices in 8 bits: how they are quantized, stored and multiplied.
 
-As in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 3): row r of a weight (out, in) is
+As in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 3), row r of a weight (out, in) is
 kept as int8 codes CB[r] and one float32 scale SCB[r], the row's largest magnitude, so that
-weight = CB * SCB / 127. Codes and scales are bit for bit those of bitsandbytes, which on CUDA also
-multiplies. On the CPU, where its product is a slow emulation in fp16, the activations are not
-rounded: x @ (CB * SCB / 127) in float32.
+weight = CB * SCB / 127. Codes and scales are bit for bit those of bitsandbytes, which multiplies on
+CUDA. On the CPU its product is a slow emulation in fp16; there x @ (CB * SCB / 127) is computed in
+float32, with activations that are not rounded.
 """
 
+import functools
 import logging
 import math
 from itertools import pairwise
@@ -16,11 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# At import, bitsandbytes prepares 4-bit functions that nothing here calls: it warns that a kernel
-# of theirs is missing, and hands them to torch.compile, whose own import takes 3 s. They stay
-# uncompiled for whoever else uses them in this process.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-with patch("torch.compile", lambda function, **_: function):
+
+def _compile_when_called(function=None, **options):
+    """torch.compile, whose import takes 3 s, put off until the function is called."""
+    if function is None:
+        return functools.partial(_compile_when_called, **options)
+    compiled = functools.cache(lambda: torch.compile(function, **options))
+    return functools.wraps(function)(lambda *args, **given: compiled()(*args, **given))
+
+
+# At import, bitsandbytes hands 4-bit functions that nothing here calls to torch.compile, and warns
+# that a kernel for them is missing.
+with (
+    patch("torch.compile", _compile_when_called),
+    patch.object(logging.getLogger("bitsandbytes.backends.cpu.ops"), "disabled", True),
+):
     import bitsandbytes as bnb
 
 OUTLIER_THRESHOLD = 6.0  # features with a value from here on stay in fp16 (section 3.2)
@@ -44,7 +55,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         self.state.CB, self.state.SCB = CB, SCB
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.state.CB is None:  # a layer nobody has loaded: its own random weights
+        if self.state.CB is None:  # nothing was loaded: the layer's own random weights
             weight = self.weight.data
             allocate([self], weight.device)
             quantize(weight.half().float(), self.state.CB, self.state.SCB)
@@ -62,8 +73,8 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 
 
 def allocate(linears: list[Int8Linear], device: torch.device) -> None:
-    """Room for layers that read the same input, side by side: one matrix, each layer a view of its
-    rows."""
+    """Gives layers that read the same input one matrix in common, each a view of its rows; the
+    values are not set."""
     rows = [linear.out_features for linear in linears]
     CB = torch.empty(sum(rows), linears[0].in_features, dtype=torch.int8, device=device)
     SCB = torch.empty(sum(rows), dtype=torch.float32, device=device)
@@ -72,7 +83,8 @@ def allocate(linears: list[Int8Linear], device: torch.device) -> None:
 
 
 def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
-    """CB and SCB of several layers as one matrix; layers not allocated together are moved so."""
+    """CB and SCB of several layers as one matrix. Layers that were not allocated together are
+    moved."""
     states = [linear.state for linear in linears]
     for one, next_one in pairwise([state.CB for state in states]):
         same = one.untyped_storage().data_ptr() == next_one.untyped_storage().data_ptr()
@@ -89,13 +101,11 @@ def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
-    """Fills codes CB int8 (rows, in) and scales SCB float32 (rows,) of some rows of a matrix, given
-    in float32 as fp16 holds them, in which bitsandbytes quantizes. x is worked in.
-
-    ValueError if a value is not finite.
-    """
-    # One core takes 0.12 ns a value for both, 2.7 for a norm or aminmax, which are not vectorized
-    # (AMD EPYC, torch 2.11 and 2.13, 2026-11-23).
+    """Fills codes CB int8 (rows, in) and scales SCB float32 (rows,) for some rows of a matrix: x
+    (rows, in) float32, rounded to fp16 before, as bitsandbytes does. Overwrites x. ValueError if a
+    value is not finite."""
+    # amax and amin take one core 0.12 ns a value together; a norm or aminmax, which torch does not
+    # vectorize along rows, 2.7 (AMD EPYC, torch 2.11 and 2.13, 2026-11-23).
     torch.maximum(x.amax(1), x.amin(1).abs_(), out=SCB)
     check_finite(SCB.max())
     # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.

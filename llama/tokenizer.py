@@ -71,7 +71,7 @@ class Tokenizer:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """So many bytes of a file or all it has; OSError names the file."""
+    """The first bytes of a file, `most` of them at most; OSError names the file."""
     try:
         with path.open("rb") as file:
             return file.read(most)

@@ -69,7 +69,8 @@ def test_step_equals_the_model(B, n_kv_heads):
 @pytest.mark.parametrize("n_kv_heads, outliers", [(None, ()), (1, (3,))])
 def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatch):
     """Kernels and twins differ in the order of float32 sums; a sum that then rounds to another code
-    moves a logit by 1 % at most, and two were seen to (on some CPUs none). To the model, which does not round activations, it is LLM.int8():
+    moves a logit by 1 % at most, and two were seen (on some CPUs none). The model does not round
+    activations; to it, prefill is LLM.int8():
     uniform errors of at most 1 / 254 of the row's largest value, 1 % of a feature's deviation in
     each of 8 linear layers, and more with a large feature among 32. One token less in the prompt
     changes the logits by more than a fifth."""
