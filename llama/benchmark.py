@@ -1,11 +1,11 @@
-"""How fast is it on this machine? python -m llama.benchmark --size 13B
+"""Times the model on this machine: python -m llama.benchmark --size 13B
 
-Times what a user waits for: the start of a process, the prefill of a prompt and the tokens that
-follow, for int8 with our kernels, int8 with bitsandbytes' product and fp16, beside the rate at
+Measured is what a user waits for: the start of a process, the prefill of a prompt and the tokens
+that follow, for int8 with our kernels, int8 with bitsandbytes' product and fp16, beside the rate at
 which this GPU reads memory. The weights are random, made in memory, unless --ckpt_dir names a
-model, whose loading is timed too. As in trained models, norm weights are below 1 but for a few
-features, whose activations pass 6.0. One line a figure to stdout, medians of several runs; only
-ratios within one run compare across machines.
+model, whose loading is timed too. As in trained models, norm weights are below 1 except for a few
+features, whose activations pass 6.0. Each figure is a line on stdout, the median of several runs;
+only ratios within one run compare across machines.
 """
 
 import gc
@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from llama.cli import run
+from llama.decode import Decoder, make_engine
 from llama.generation import DEMO, LLaMA
 from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
-from llama.model import KVCache, Transformer, check, rotation_table
+from llama.model import Transformer, rotation_table
 from llama.room import GIB, cache_bytes, check_room, weight_bytes
+from llama.settings import check
 from llama.tokenizer import Tokenizer
 
 OUTLIERS = [7, 300, 1021, 2049, 3333]
@@ -37,7 +39,7 @@ NEW_TOKENS = 32
 CONTEXT = 2048  # tokens, which LLaMA was trained with
 DEVICE = torch.device("cuda")
 REPEATS = 5
-ENGINES = {"int8": (True, "triton"), "int8 bnb": (True, "bnb"), "fp16": (False, "triton")}
+ENGINES = {"int8": (True, "triton"), "int8_bnb": (True, "bnb"), "fp16": (False, "triton")}
 
 # A process of its own, whose start and first token are timed.
 FIRST_TOKEN = """
@@ -107,31 +109,42 @@ def build(
     return LLaMA.build(ckpt_dir, tokenizer_path, CONTEXT, 1, use_int8, DEVICE, engine)
 
 
+@torch.inference_mode()
 def prefill_seconds(llm: LLaMA, length: int) -> float:
-    weight = llm.model.tok_embeddings.weight
-    prefill, *_ = llm._engine(KVCache(llm.model.args, 1, length, weight))
-    tokens = torch.randint(3, len(weight), (length,), device=weight.device)
-    with torch.inference_mode():
-        return seconds(lambda: prefill(tokens, 0))
+    engine = make_engine(llm.model, llm.engine, 1, length)
+    tokens = torch.randint(3, llm.model.args.vocab_size, (length,), device=DEVICE)
+    return seconds(lambda: engine.head(engine.prefill(0, tokens)[-1:]))
 
 
-def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
-    """Of one decode step as `generate` runs it, the host's reading of the tokens included."""
-    vocabulary = len(llm.model.tok_embeddings.weight)
-    prompts = torch.randint(3, vocabulary, (batch, context)).tolist()
-    times = []
+@torch.inference_mode()
+def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
+    """A batch of random prompts of `context` tokens that never end; MemoryError if it is too
+    large."""
 
-    def choose(logits, *_):
+    def pick(logits, *_):
         return logits[:, 3:].argmax(-1) + 3  # never the end-of-text token
 
-    for _ in llm._decode(prompts, NEW_TOKENS, choose, 0):
+    llm.check_room(batch, context + new)
+    decoder = Decoder(llm.model, llm.engine, batch, context + new, pick)
+    for slot in range(batch):
+        ids = torch.randint(3, llm.model.args.vocab_size, (context,)).tolist()
+        decoder.prefill(slot, ids, torch.zeros(new))
+    return decoder
+
+
+@torch.inference_mode()
+def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
+    """The median time of a decode step, in which the host reads the tokens."""
+    decoder, times = running(llm, batch, context, NEW_TOKENS), []
+    for _ in range(NEW_TOKENS):
+        decoder.step()
         times.append(time.perf_counter())
     return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
+@torch.inference_mode()
 def first_token(llm: LLaMA) -> None:
-    for _ in llm._decode([list(range(3, 11))], 1, lambda logits, *_: logits.argmax(-1), 0):
-        pass
+    running(llm, 1, 8, 1).step()
 
 
 def first_token_seconds(*model: str | None) -> dict[str, float]:
@@ -152,19 +165,19 @@ def main(
     tokenizer_path: str | None = None,
     batches: list[int] = BATCHES,
     lengths: list[int] = LENGTHS,
-    engines: list[str] = tuple(ENGINES),
+    engines: list[str] | str = tuple(ENGINES),
     json: str | None = None,
 ):
     """Times start, prefill and decoding on CUDA.
 
     Args:
-        size: 7B, 13B, 30B or 65B with random weights
+        size: one of llama.memory, with random weights
         ckpt_dir: a model folder in Meta's format instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         batches: sequences decoded at once, as 1,8,32
         lengths: tokens of prompts; the shortest and the longest are also contexts of decoding
-        engines: int8, int8 bnb or fp16; several may be given
-        json: a file to write the figures to as well
+        engines: some of int8,int8_bnb,fp16
+        json: a file that the figures are written to as well
     """
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")

@@ -213,7 +213,7 @@ class LLaMA:
             return
         rows, draws = zip(*going)
         length = max(len(row.prompt_ids) + row.limit for row in rows)
-        self._check_room(len(rows), length)
+        self.check_room(len(rows), length)
         decoder, pick = None, partial(next_token, settings=settings)
         try:
             for row in rows:
@@ -300,7 +300,8 @@ class LLaMA:
                 forget(error)
                 raise
 
-    def _check_room(self, sequences: int, length: int) -> None:
+    def check_room(self, sequences: int, length: int) -> None:
+        """MemoryError unless keys and values of so many sequences of this length fit."""
         args, dtype = self.model.args, self.model.tok_embeddings.weight.dtype
         if room.cache_bytes(args, sequences, length, dtype) > room.free_bytes(self._device):
             raise MemoryError(self._too_big(sequences, length))
