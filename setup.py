@@ -1,56 +1,39 @@
-"""`pip install .` (the package with its demo model), `pip install .[test]` for the tests."""
+"""`pip install .` installs the package with its demo model; `pip install .[test]` what tests need."""
 
-import gzip
-import os
-import tarfile
-import time
-from glob import glob
+import re
+from pathlib import Path
 
 from setuptools import setup
-from setuptools.command.sdist import sdist
 
-BESIDE = ["example.py", "download.sh", "requirements.txt", "MODEL_CARD.md", ".pytest.ini"]
-
-
-class Sdist(sdist):
-    """With the tests and what lies beside them; SOURCE_DATE_EPOCH makes two of them equal bytes, as
-    it does for wheels."""
-
-    def make_release_tree(self, base_dir, files):
-        super().make_release_tree(base_dir, sorted({*files, *BESIDE, *glob("tests/*.py")}))
-
-    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
-        date = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-
-        def as_anyones(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-            entry.mode = 0o755 if entry.mode & 0o100 else 0o644
-            entry.uid = entry.gid = 0
-            entry.uname = entry.gname = ""
-            entry.mtime = date
-            return entry
-
-        path = f"{base_name}.tar.gz"
-        with (
-            gzip.GzipFile(path, "wb", mtime=date) as file,
-            tarfile.open(fileobj=file, mode="w") as archive,
-        ):
-            archive.add(base_dir, filter=as_anyones)
-        return path
-
+HERE = Path(__file__).parent
 
 setup(
     name="llama-int8",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.*)"', (HERE / "llama/__init__.py").read_text())[1],
     description="LLaMA inference in INT8 on one GPU",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="LLaMA INT8 contributors",
     license="GPL-3.0-only",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    cmdclass={"sdist": Sdist},
     packages=["llama", "llama.demo", "llama.kernels"],
     package_data={
+        "llama": ["py.typed"],
         "llama.demo": ["*.json", "*.pth", "tokenizer.model", "SOURCES.md"],
     },
+    entry_points={"console_scripts": ["llama = llama.__main__:command_line"]},
     install_requires=[
         "torch>=2.11",
         "bitsandbytes>=0.50",

@@ -5,4 +5,5 @@ from llama.model import ModelArgs, Transformer
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer
 
+__version__ = "0.2.0"
 __all__ = ["LLaMA", "ModelArgs", "Settings", "Tokenizer", "Transformer"]
