@@ -11,7 +11,7 @@ import torch
 from conftest import DEMO
 
 from llama import perplexity
-from llama.perplexity import cut, shown
+from llama.perplexity import cut, draw, with_interval
 
 TEXT = DEMO.parents[1] / "LICENSE"
 
@@ -41,7 +41,7 @@ def test_figures_and_picture(run, tmp_path, demo, demo_float):
         torch.cat([torch.cat(list(llm.logits(w[:-1]))) for w in windows]).log_softmax(-1)
         for llm in (demo_float, demo)
     )
-    ratio, divergence, same = re.findall(r"([\d.e-]+) \[", rows["int8"][1])
+    ratio, divergence, same = re.findall(r"([\d.e-]+)%? \[", rows["int8"][1])
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
     assert float(divergence) == pytest.approx(kl, rel=0.05)
     agree = 100 * (p.argmax(-1) == q.argmax(-1)).float().mean().item()
@@ -60,10 +60,24 @@ def test_windows_are_spread_and_none_overlaps():
 
 def test_interval_covers_the_mean_of_windows_of_known_spread():
     values = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)) + 5
-    mean, low, high = map(float, re.findall(r"[\d.]+", shown(values, "{:.4f}")))
+    mean, low, high = map(float, re.findall(r"[\d.]+", with_interval(values, "{:.4f}".format)))
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
-    assert shown(values[:1], "{:.4f}").count(".") == 1  # one window says nothing of their spread
+    one_window = with_interval(values[:1], "{:.4f}".format)
+    assert one_window.count(".") == 1  # it says nothing of the spread
+
+
+def test_picture(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    saved = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **kwargs: saved.append(self))
+    values = torch.tensor([[[3.0, 1.0]], [[0.5, -0.25]]])  # losses of two tokens, and their change
+    draw(tmp_path / "p.png", "13B on $1 and $2.txt", "fp16", {"int8, bnb": values})
+    [figure] = saved
+    scatter, histogram = figure.axes
+    assert figure.get_suptitle() == "13B on $1 and $2.txt"
+    assert scatter.collections[0].get_offsets().tolist() == [[-2.5, -0.5], [-1.25, 0.25]]
+    assert list(scatter.lines[0].get_ydata()) == list(histogram.lines[0].get_xdata()) == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +87,12 @@ def test_interval_covers_the_mean_of_windows_of_known_spread():
         (["--text=-"], "- holds no text: pass another file"),
         (["--text", TEXT, "--window=1"], "window is 1, expected a whole number, from 2"),
         (["--text", TEXT, "--windows=0"], "windows is 0, expected a whole number, from 1"),
-        (["--text", TEXT, "--picture=/nowhere/p.png"], "/nowhere cannot be written to: pass"),
-        (["--text", TEXT, "--picture=p.bmp"], "picture is p.bmp, expected a file name with .png"),
-        (["--text", TEXT, "--picture=/"], "picture is /, expected a file name with .png"),
+        (
+            ["--text", TEXT, "--picture=/nowhere/p.png"],
+            "picture is /nowhere/p.png, expected",
+        ),
+        (["--text", TEXT, "--picture=p.bmp"], "picture is p.bmp, expected a .png, .svg or"),
+        (["--text", TEXT, "--picture=/"], "picture is /, expected a .png, .svg or"),
         ([], "--text is missing: write --text=VALUE"),
     ],
     ids=str,
