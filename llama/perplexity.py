@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llama.cli import read_text, run
 from llama.generation import LLaMA
-from llama.model import check
+from llama.settings import check
 
 RESAMPLES = 1000
 COLUMNS = {  # title: how a mean of `compare` is shown

@@ -1,39 +1,68 @@
-"""How does one run many prompts on many GPUs? python tests/ray_data.py prompts.jsonl results
+"""Continues many prompts on many GPUs with Ray Data, which keeps one `LLaMA` on each GPU.
 
-Ray Data reads the prompts ({"prompt": "..."} a line), keeps one `LLaMA` on each GPU, hands them
-batches as they become free and writes prompts and results as JSON lines to the folder. More
-machines: `ray start` on each. Further flags go to `LLaMA.build`, --ckpt_dir for one. Without a GPU:
-two actors on the CPU.
+python tests/ray_data.py prompts.jsonl results --ckpt_dir /w/13B
+
+The folder gets files with a line of JSON for each prompt, in any order. To use several machines,
+run `ray start` on each of them first. Without a GPU, two models run on the CPU.
 """
 
-import fire
+from pathlib import Path
+
 import ray
-import torch
 
-from llama import LLaMA
+from llama import LLaMA, Settings
+from llama.__main__ import read_prompts
+from llama.cli import run
+from llama.generation import check_prompts
 
-GPUS = torch.cuda.device_count()
-BATCH = 8
+BATCH = 8  # prompts continued at once on a GPU
 
 
 class Continue:
-    def __init__(self, **options):
-        self.llm = LLaMA.build(**options, max_batch_size=BATCH)
+    """What each GPU does: Ray makes one of these there and calls it with batches of prompts."""
+
+    def __init__(self, max_gen_len: int, **options):
+        self.llm, self.max_gen_len = LLaMA.build(**options, max_batch_size=BATCH), max_gen_len
 
     def __call__(self, batch: dict) -> dict:
-        prompts = [str(prompt) for prompt in batch["prompt"]]
-        return {"prompt": prompts, "result": self.llm.generate(prompts, max_gen_len=64)}
+        prompts = batch["prompt"].tolist()
+        return {"prompt": prompts, "result": self.llm.generate(prompts, self.max_gen_len)}
 
 
-def main(prompts: str, folder: str, **options) -> None:
-    ray.data.read_json(prompts).map_batches(
+def main(
+    prompt_file: str,
+    out_dir: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 512,
+    max_gen_len: int = 64,
+):
+    """Continues the prompts of a file on all GPUs.
+
+    Args:
+        prompt_file: file with a prompt a line, as JSON if it ends in .jsonl
+        out_dir: the folder to write, which must not be there yet
+        ckpt_dir: model folder in Meta's format (the demo model if not given)
+        tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
+        max_seq_len: longest sequence, prompt and continuation, in tokens
+        max_gen_len: longest continuation, in tokens
+    """
+    if Path(out_dir).exists():
+        raise ValueError(f"{out_dir} is there already: pass another --out_dir")
+    options = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len}
+    prompts = read_prompts(prompt_file)
+    check_prompts(prompts, **options)  # a mistake is one line here, and pages from Ray
+    Settings(max_gen_len)
+    ray.init()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    ray.data.from_items([{"prompt": prompt} for prompt in prompts]).map_batches(
         Continue,
-        fn_constructor_kwargs=options,
+        fn_constructor_kwargs={"max_gen_len": max_gen_len, **options},
         batch_size=BATCH,
-        concurrency=GPUS or 2,
-        **({"num_gpus": 1} if GPUS else {"num_cpus": 0.25}),  # Ray itself needs the rest to read
-    ).write_json(folder)
+        compute=ray.data.ActorPoolStrategy(size=gpus or 2),
+        **({"num_gpus": 1} if gpus else {"num_cpus": 0.25}),  # leaves Ray CPUs to write with
+    ).write_json(out_dir)
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

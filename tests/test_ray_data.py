@@ -1,22 +1,22 @@
-"""Does the script for many GPUs work? With two actors on the CPU."""
+"""The script for many GPUs, with two models on the CPU."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
+pytest.importorskip("ray", reason="runs Ray Data, which is not installed")
 
+import ray_data  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="runs Ray Data, which is not installed")
 def test_every_prompt_is_continued_once(tmp_path, make_folder):
     """By the README's command."""
     line = re.search(r"^python (tests/ray_data.py .*)$", (ROOT / "README.md").read_text(), re.M)[1]
@@ -35,9 +35,33 @@ def test_every_prompt_is_continued_once(tmp_path, make_folder):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     files = (tmp_path / "results").glob("*.json")
     results = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert sorted(result["prompt"] for result in results) == sorted(prompts)
     for result in results:
         assert result["result"].startswith(result["prompt"])
         assert len(result["result"]) > len(result["prompt"]) + 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ckpt_dir=/nowhere"], "/nowhere does not exist"),
+        (["--out_dir=/"], "/ is there already: pass another --out_dir"),
+        (["--max_seq_len=2"], "prompt"),
+        (["--max_gen_len=0"], "max_gen_len is 0, expected a whole number"),
+        (["--max_gn_len=5"], "did you mean --max_gen_len"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_before_ray_starts(
+    run_command, monkeypatch, tmp_path, arguments, message
+):
+    monkeypatch.setattr(ray_data.ray, "init", lambda: pytest.fail("Ray was started"))
+    (tmp_path / "prompts.txt").write_text("Once upon a time there was a little fox\n")
+    given = [f"--prompt_file={tmp_path / 'prompts.txt'}"]
+    if not arguments[0].startswith("--out_dir"):
+        given.append(f"--out_dir={tmp_path / 'results'}")
+    status, out, err = run_command(ray_data.main, *given, *arguments)
+    assert (status, out) == (1, "") and message in err and err.count("\n") == 1
