@@ -1,4 +1,4 @@
-"""`pip install .` installs the package with its demo model; `pip install .[test]` what tests need."""
+"""`pip install .` installs the package and its demo model, `pip install .[test]` the tests' needs."""
 
 import re
 from pathlib import Path
