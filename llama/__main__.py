@@ -1,42 +1,49 @@
-"""How does it talk on a command line? python -m llama --prompt "Once upon a time"
+"""Continues prompts on a command line: python -m llama --prompt "Once upon a time"
 
-A single prompt streams; of several, each batch is printed when it is done. Texts and JSON go to
-stdout, all else to stderr. In texts control codes are shown as escapes, JSON has them exactly.
+Texts and JSON go to stdout, everything else to stderr. In texts control characters are escaped,
+JSON has them exactly.
 """
 
 import contextlib
 import sys
 import time
-from dataclasses import replace
 from json import dumps, loads
 
 import torch
 from tqdm import tqdm
 
-from llama.cli import printable, read_text, run
-from llama.generation import LLaMA, row_seed
+import llama
+from llama.cli import printable, read_text, run, say
+from llama.generation import LLaMA, check_prompts
 from llama.room import size
 from llama.settings import Settings
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: its lines, or in a .jsonl file strings or objects with a "prompt"."""
-    prompts = []
-    for n, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        if path.endswith(".jsonl"):
-            try:
-                line = loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {n}, is not JSON ({error}): mend it") from None
-            line = line.get("prompt") if isinstance(line, dict) else line
-            if not isinstance(line, str):
-                raise ValueError(f'{path}, line {n}: expected a string or {{"prompt": "..."}}')
-        prompts.append(line)
-    if not prompts:
+    """The prompts of a file, one a line. A .jsonl file has them as JSON, and so has standard input
+    whose first line is that."""
+    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
         raise ValueError(f"{path} holds no prompt: pass a file with a prompt a line")
+    if not path.endswith(".jsonl") and (path != "-" or json_prompt(lines[0][1]) is None):
+        return [line for _, line in lines]
+    prompts = []
+    for n, line in lines:
+        prompts.append(json_prompt(line))
+        if prompts[-1] is None:
+            expected = 'expected a JSON string or {"prompt": "..."}'
+            raise ValueError(f"{path}, line {n} is {line!r:.60}, {expected}")
     return prompts
+
+
+def json_prompt(line: str) -> str | None:
+    """The prompt in a line of JSON, a string or an object's "prompt"; None if it has none."""
+    try:
+        value = loads(line)
+    except (ValueError, RecursionError):
+        return None
+    value = value.get("prompt") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 def peak_memory(device: torch.device) -> int:
@@ -50,52 +57,46 @@ def peak_memory(device: torch.device) -> int:
 
 
 def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logprobs: bool) -> None:
-    """Prints the continuations, and to stderr what they took."""
-    batch, stream = llm.model.args.max_batch_size, len(prompts) == 1 and not json
-    done, starts, first_token = [], time.perf_counter(), None
-    with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= batch) as bar:
-        for first in range(0, len(prompts), batch):
-            some = prompts[first : first + batch]
-            seed = None if settings.seed is None else row_seed(settings.seed, first)
-            times = [time.perf_counter()]
-            steps = llm.steps(some, replace(settings, seed=seed), logprobs)
+    """Prints the continuations: a single one as it grows, of several each as soon as it and those
+    before it have ended. What they took goes to stderr."""
+    started, shown, stream = time.perf_counter(), 0, len(prompts) == 1 and not json
+    if stream:
+        print(printable(prompts[0]), end="", flush=True)
+    with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) == 1) as bar:
+        for rows in llm.steps(prompts, settings, logprobs):
             if stream:
-                print(printable(some[0]), end="", flush=True)
-            for rows in steps:
-                times.append(time.perf_counter())
-                if stream:
-                    print(printable(rows[0].read()), end="", flush=True)
-            first_token = first_token or times[1] - times[0]
-            for prompt, row in zip(some, rows):
-                if json:
-                    result = {
-                        "prompt": prompt,
-                        "text": row.text,
-                        "tokens": row.ids,
-                        "finish_reason": row.finish_reason,
-                        "seconds": round(times[-1] - times[0], 4),
-                        "seconds_to_first_token": round(times[1] - times[0], 4),
-                    }
-                    tqdm.write(dumps(result | ({"logprobs": row.logprobs} if logprobs else {})))
-                elif not stream:
+                print(printable(rows[0].read()), end="", flush=True)
+            bar.update(sum(row.finish_reason is not None for row in rows) - bar.n)
+            while not stream and shown < len(rows) and rows[shown].finish_reason:
+                prompt, row = prompts[shown], rows[shown]
+                shown += 1
+                if not json:
                     text = printable(prompt + row.text)
                     tqdm.write(f"{text}\n\n==================================\n")
+                    continue
+                result = {
+                    "prompt": prompt,
+                    "text": row.text,
+                    "tokens": row.ids,
+                    "finish_reason": row.finish_reason,
+                    "seconds": round(row.seconds, 4),
+                    "seconds_to_first_token": round(row.seconds_to_first_token, 4),
+                }
+                tqdm.write(dumps(result | ({"logprobs": row.logprobs} if logprobs else {})))
             sys.stdout.flush()
-            done += rows
-            bar.update(len(some))
     if stream:
         print()
-    new, took = sum(len(row.ids) for row in done), time.perf_counter() - starts
+    new, took = sum(len(row.ids) for row in rows), time.perf_counter() - started
     print(
-        f"{sum(len(row.prompt_ids) for row in done)} prompt tokens, {new} new tokens, "
-        f"{first_token:.2f} s to the first token, {new / took:.1f} tokens/s, "
+        f"{sum(len(row.prompt_ids) for row in rows)} prompt tokens, {new} new tokens, "
+        f"{rows[0].seconds_to_first_token:.2f} s to the first token, {new / took:.1f} tokens/s, "
         f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}",
         file=sys.stderr,
     )
 
 
 def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None:
-    """Continues what is typed, until its end."""
+    """Continues each line that is typed."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     print("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
@@ -109,7 +110,7 @@ def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None
             print("\nCtrl-D leaves.", file=sys.stderr)
             continue
         except UnicodeDecodeError as error:
-            print(f"error: that is no {error.encoding} text: type it again", file=sys.stderr)
+            say(f"error: that is not {error.encoding} text: type it again")
             continue
         try:
             if prompt:
@@ -119,47 +120,101 @@ def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None
                 print()
             print("stopped", file=sys.stderr)
         except (ValueError, MemoryError, FloatingPointError) as error:
-            print(printable(f"error: {error}"), file=sys.stderr)
+            say(f"error: {error}")
 
 
 def main(
-    model: dict,
-    settings: dict,
-    prompt: list[str] = (),
+    prompt: str | None = None,
     prompt_file: str | None = None,
     interactive: bool = False,
     json: bool = False,
     logprobs: bool = False,
+    version: bool = False,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 512,
+    max_batch_size: int = 32,
+    use_int8: bool = True,
+    device: str | None = None,
+    engine: str = "triton",
+    max_gen_len: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    repetition_penalty: float = 1.0,
+    repetition_penalty_range: int = 1024,
+    repetition_penalty_slope: float = 0.0,
+    seed: int | None = None,
+    stop: str | list[str] = (),
+    top_k: int = 0,
+    min_p: float = 0.0,
 ):
     """Continues prompts with LLaMA in INT8.
 
     Args:
-        prompt: text to continue; several may be given; - is all of standard input
+        prompt: text to continue; - is all of standard input
         prompt_file: file with a prompt a line, as JSON if it ends in .jsonl; - is standard input
-        interactive: keeps the model loaded and continues what is typed
-        json: a line of JSON for each prompt: text is what was added, tokens its ids with those of
-            a stop string, finish_reason stop, length or eos, seconds that its batch took
+        interactive: keeps the model loaded and continues each line that is typed
+        json: prints a line of JSON for each prompt: text is what was added, tokens are its ids with
+            those of a stop string, finish_reason is stop, length or eos
         logprobs: with --json, adds the log-probability of each new token
+        version: prints the version of this program
+        ckpt_dir: model folder in Meta's format (the demo model if not given)
+        tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
+        max_seq_len: longest sequence, prompt and continuation, in tokens
+        max_batch_size: most prompts continued at once
+        use_int8: False keeps the weights in fp16 (float32 on the CPU)
+        device: cuda, cuda:1 or cpu (CUDA if there is any)
+        engine: on CUDA in int8: triton, or bnb for bitsandbytes' product, the reference
+        max_gen_len: longest continuation, in tokens
+        temperature: 0 always takes the most likely token, 1 samples from the model's distribution
+        top_p: samples from the most likely tokens that have this probability together
+        repetition_penalty: above 1 makes tokens that are already there less likely
+        repetition_penalty_range: how many of the last tokens count as already there
+        repetition_penalty_slope: above 0 penalizes the older of them less
+        seed: the same seed gives a prompt the same text in the same place of the list
+        stop: text before which a continuation ends; several as a list, '["one", "two"]'
+        top_k: samples from so many of the most likely tokens; 0 from all
+        min_p: samples from tokens at least this fraction as likely as the most likely one
     """
-    settings = Settings(**settings)
+    if version:
+        print(f"llama-int8 {llama.__version__}")
+        return
+    settings = Settings(
+        max_gen_len,
+        temperature,
+        top_p,
+        repetition_penalty,
+        repetition_penalty_range,
+        repetition_penalty_slope,
+        seed,
+        stop,
+        top_k,
+        min_p,
+    )
     if logprobs and not json:
         raise ValueError("--logprobs is a part of what --json prints: add --json")
-    reads = [*prompt, prompt_file].count("-")
-    if reads and reads + interactive > 1:
+    if [prompt, prompt_file, "-" if interactive else None].count("-") > 1:
         raise ValueError("- is all of standard input, which can be read once: pass it alone")
-    prompts = [read_text("-") if text == "-" else text for text in prompt]
-    if prompt_file:
+    prompts = [] if prompt is None else [read_text("-") if prompt == "-" else prompt]
+    if prompt_file is not None:
         prompts += read_prompts(prompt_file)
     if not prompts and not interactive:
         raise ValueError(
-            "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive"
+            "there is no prompt: pass --prompt TEXT, --prompt_file FILE or --interactive"
         )
-    llm = LLaMA.build(**model, prompts=prompts)
+    check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
+    llm = LLaMA.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device, engine
+    )
     if prompts:
         answer(llm, prompts, settings, json, logprobs)
     if interactive:
         interact(llm, settings, json, logprobs)
 
 
+def command_line() -> None:
+    run(main)
+
+
 if __name__ == "__main__":
-    run(main, model=LLaMA.build, settings=Settings)
+    command_line()

@@ -1,6 +1,6 @@
-"""What does a model take, before it is loaded? python -m llama.memory --size 13B
+"""Estimates a model's GPU memory before it is loaded: python -m llama.memory --size 13B
 
-Counts GPU memory from params.json alone, in int8 and in fp16, beside what is free.
+Counts from the shapes alone, in int8 and in fp16, beside what is free.
 """
 
 import os
@@ -15,21 +15,24 @@ from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
 from llama.room import GIB, free_bytes, need
 
-SIZES = {
+GROUPED = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "norm_eps": 1e-5}
+SIZES = {  # what params.json of LLaMA, Code Llama 34B and Llama 2 70B has besides norm_eps 1e-6
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
     "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
+    "34B": GROUPED | {"n_layers": 48, "rope_theta": 1e6},
     "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5},
+    "70B": GROUPED | {"n_layers": 80, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
 }
 VOCABULARY = 32000
 CONTEXT = 0.5  # GiB that the driver counts for CUDA and its libraries before the first weight
 
 
 def args_of(size: str, **limits: int) -> ModelArgs:
-    """Those of Meta's LLaMA of this size; ValueError if there is none."""
-    if size not in SIZES:
-        raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
-    return ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
+    """The arguments of Meta's model of this size; ValueError if there is none."""
+    if size.upper() not in SIZES:
+        raise ValueError(f"size is {size!r:.60}, expected one of {', '.join(SIZES)}")
+    return shards.model_args({"norm_eps": 1e-6} | SIZES[size.upper()], VOCABULARY, **limits)
 
 
 def main(
@@ -39,10 +42,10 @@ def main(
     max_batch_size: int = 1,
     max_seq_len: int = 2048,
 ):
-    """Says what a model takes on the GPU.
+    """Estimates the GPU memory of a model.
 
     Args:
-        size: 7B, 13B, 30B or 65B
+        size: 7B, 13B, 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama) or 70B (Llama 2)
         ckpt_dir: a model folder instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         max_batch_size: sequences at once

@@ -1,7 +1,7 @@
-"""How does one save the int8 form? python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8
+"""Saves a model's int8 form: python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8
 
-What it writes is a model folder like any other, half as large, and loading it quantizes nothing. No
-GPU is needed.
+It is a model folder like any other, half as large, which loads without quantizing. No GPU is
+needed.
 """
 
 import os
@@ -14,7 +14,7 @@ from llama.cli import run
 
 
 def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
-    """Writes a model's int8 form.
+    """Saves the int8 form of a model in a new folder.
 
     Args:
         ckpt_dir: a model folder in Meta's format

@@ -44,15 +44,15 @@ def make_folder(tmp_path):
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """run_command(command, *arguments, stdin=b"", **groups) -> exit status, stdout and stderr of
-    what `cli.run` makes of a command in this process."""
+    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of what
+    `cli.run` makes of a command in this process."""
 
-    def call(command, *arguments, stdin=b"", **groups):
+    def call(command, *arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         status = 0
         try:
-            cli.run(command, **groups)
+            cli.run(command)
         except SystemExit as exit:
             status = exit.code
         return status, *capsys.readouterr()

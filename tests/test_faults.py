@@ -116,15 +116,6 @@ def test_fault_on_the_command_line(form, name, good, tmp_path):
     assert not Path(faults.CANARY).exists()
 
 
-def test_debug_shows_the_traceback_too(good, tmp_path):
-    folder, message = spoilt(good, tmp_path / "tiny", "shards", "dim absent")
-    command = [sys.executable, "-m", "llama.memory", "--debug", f"--ckpt_dir={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
-    first, *_, last = done.stderr.splitlines()
-    assert first == "Traceback (most recent call last):" and re.search(f"^error: {message}", last)
-
-
 @pytest.mark.parametrize("file", ["params.json", "consolidated.01.pth", "tokenizer.model", "."])
 def test_what_may_not_be_read(file, good):
     """Root may read everything, so tests that run as root try as another user."""

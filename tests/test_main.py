@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llama import LLaMA, Settings, __main__, cli
+import llama
+from llama import LLaMA, __main__
+from llama.cli import arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,30 +22,28 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def run(run_command):
     """run(*arguments, stdin=b"") -> exit status, stdout, stderr."""
-    groups = {"model": LLaMA.build, "settings": Settings}
-    return partial(run_command, __main__.main, "--device=cpu", **groups)
+    return partial(run_command, __main__.main, "--device=cpu")
 
 
 @pytest.mark.parametrize(
     "prompt", ["13", "[1, 2]", 'it\'s "so"', "a\nb", "\N{FOX FACE}", "-x", "None", "a=b", " two  "]
 )
 def test_text_is_taken_as_text(run, prompt):
-    for arguments in ([f"--prompt={prompt}"], ["--prompt", prompt]):
-        status, out, err = run(*arguments, "--max_gen_len=2")
+    for words in ([f"--prompt={prompt}"], ["--prompt", prompt]):
+        status, out, err = run(*words, "--max_gen_len=2")
         assert (status, out[: len(prompt)]) == (0, prompt), err
 
 
 def test_prompts_are_what_generate_continues(run, demo):
     prompts = ["One day", "The king", "A fox"]
-    expected = demo.generate(prompts, 8, seed=3, stop=["queen"])
-    given = [word for prompt in prompts for word in ("--prompt", prompt)]
-    settings = ["--max_gen_len=8", "--seed=3", "--stop=queen"]
+    expected = demo.generate(prompts, 8, seed=3, stop=["queen", "5"])
+    words = ["--prompt_file=-", "--max_gen_len=8", "--seed=3", "--stop=['queen', \"5\"]"]
     for batch in (1, 2, 32):  # the seed's draws are by place in the list, not in the batch
-        status, out, err = run(*given, *settings, f"--max_batch_size={batch}")
-        assert status == 0
+        stdin = "\n".join(prompts).encode()
+        status, out, err = run(*words, f"--max_batch_size={batch}", stdin=stdin)
+        assert status == 0 and "prompt/s" in err  # a progress bar
         texts = out.split("\n\n==================================\n\n")
         assert texts == [*expected, ""]
-        assert ("prompt/s" in err) == (batch < 3)  # a progress bar
     assert re.search(
         r"^\d+ prompt tokens, \d+ new tokens, [\d.]+ s to the first token, "
         r"[\d.]+ tokens/s, peak memory [\d.]+ [MG]iB$",
@@ -52,68 +52,102 @@ def test_prompts_are_what_generate_continues(run, demo):
     )
 
 
-def test_files_and_standard_input(run, tmp_path):
+def test_files_and_standard_input(run, tmp_path, demo):
     lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_bytes("\ufeffOne day\r\n\r\n13 \N{FOX FACE}\r\n".encode())
     objects.write_text('"One day"\n{"prompt": "13 \\ud83e\\udd8a", "id": 5}\n')
+    expected = demo.generate(["One day", "13 \N{FOX FACE}"], 2, seed=1)
     short = ["--max_gen_len=2", "--seed=1", "--json"]
-    _, expected, _ = run("--prompt=One day", "--prompt=13 \N{FOX FACE}", *short)
-    for file, stdin in ((lines, b""), (objects, b""), ("-", lines.read_bytes())):
+    inputs = [(lines, b""), (objects, b""), ("-", lines.read_bytes()), ("-", objects.read_bytes())]
+    for file, stdin in inputs:
         status, out, err = run("--prompt_file", file, *short, stdin=stdin)
         assert status == 0, err
-        assert results(out) == results(expected)
+        results = [json.loads(line) for line in out.splitlines()]
+        assert [one["prompt"] + one["text"] for one in results] == expected
     for end in (b"", b"\n"):  # of echo
         status, out, _ = run("--prompt", "-", *short, stdin=b"two\nlines" + end)
         assert json.loads(out)["prompt"] == "two\nlines"
 
 
-def results(out):
-    timeless = [json.loads(line) for line in out.splitlines()]
-    return [{k: v for k, v in one.items() if not k.startswith("seconds")} for one in timeless]
-
-
 def test_json_has_what_was_generated(run, demo):
-    prompts = ["One day", "The king"]
-    given = [f"--prompt={prompt}" for prompt in prompts]
-    arguments = ["--max_gen_len=12", "--seed=2", "--json", "--logprobs", "--stop=."]
-    status, out, _ = run(*given, *arguments)
+    words = ["--max_gen_len=12", "--seed=2", "--json", "true", "--logprobs", "--stop=."]
+    status, out, _ = run("--prompt_file=-", *words, stdin=b"One day\nThe king")
     assert status == 0
-    expected = demo.generate(prompts, 12, seed=2, stop=["."])
-    for line, prompt, text in zip(out.splitlines(), prompts, expected):
-        one = json.loads(line)
-        assert one["prompt"] + one["text"] == text and one["prompt"] == prompt
+    expected = demo.generate(["One day", "The king"], 12, seed=2, stop=["."])
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [one["prompt"] + one["text"] for one in results] == expected
+    for one in results:
         assert one["finish_reason"] in ("stop", "length")
         assert len(one["tokens"]) == len(one["logprobs"]) and max(one["logprobs"]) < 0
         assert 0 < one["seconds_to_first_token"] <= one["seconds"]
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "words, message",
     [
         ([], "there is no prompt: pass --prompt TEXT"),
         (["--prompt"], "--prompt has no value: write --prompt=VALUE"),
         (["--prompt", "--json"], "--prompt has no value"),
         (["--prompt=a", "--logprobs"], "--logprobs is a part of what --json prints: add --json"),
         (["--prompt=a", "--json=yes"], "json is 'yes', expected True or False"),
-        (["--prompt=a", "--stop="], "stop is [''], expected a list of strings"),
+        (["--prompt=a", "--json="], "json is '', expected True or False"),
+        (["--prompt=a", "--stop="], "stop is "),
         (["--prompt=a", "--top_k=-1"], "top_k is -1, expected a whole number"),
+        (["--prompt=a", "--seed=1+1"], "seed is '1+1', expected a whole number"),
+        (["--prompt=a", f"--seed={'-' * 5000}1"], "seed is '-----"),
+        (["--prompt=a", f"--seed={'1+' * 5000}1"], "seed is '1+1+1"),
+        (["--prompt=a", f"--ckpt_dir=/{'x' * 4000}"], "File name too long: '/xxx"),
         (["--prompt=" + "a " * 600], "prompt 1 has"),
         (["--prompt_file=/nowhere"], "'/nowhere' does not exist: pass a text file"),
         (["--prompt_file=/"], "'/' is a folder: pass a text file"),
-        (["--prompt_file", ROOT / "llama/demo/tokenizer.model"], "is no UTF-8 text (byte "),
+        (["--prompt_file", ROOT / "llama/demo/tokenizer.model"], "is not UTF-8 text (byte "),
         (["--prompts=a"], "unknown flag --prompts: did you mean --prompt?"),
+        (["-p", "a"], "unknown flag -p: did you mean --prompt?"),
+        (["--max_new_tokens=5"], "unknown flag --max_new_tokens: did you mean --max_gen_len?"),
+        (["--max-tokens", "5"], "unknown flag --max-tokens: did you mean --max_gen_len?"),
+        (["--model", "13B"], "unknown flag --model: did you mean --ckpt_dir?"),
+        (["--temp=1"], "unknown flag --temp: did you mean --temperature?"),
         (["The king"], "'The king' belongs to no flag: write --NAME=VALUE"),
-        (["--prompt=-", "--prompt=-"], "- is all of standard input, which can be read once"),
-        (["--prompt=-", "--prompt_file=-"], "- is all of standard input"),
+        (["--prompt=a", "--prompt", "b"], "--prompt is given twice: give it once"),
+        (["--prompt=-", "--prompt_file=-"], "- is all of standard input, which can be read once"),
         (["--prompt=-", "--interactive"], "- is all of standard input"),
         (["--prompt_file=-"], "- holds no prompt: pass a file with a prompt a line"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
-def test_mistakes(run, arguments, message):
-    status, out, err = run(*arguments)
+def test_mistakes(run, words, message):
+    status, out, err = run(*words)
     assert (status, out) == (1, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert len(err) < 700
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [("{", "'{'"), ("5", "'5'"), ('{"text": "a"}', "'{"), ("[" * 10**5, "'[[[")],
+    ids=["broken", "number", "other key", "deep"],
+)
+def test_mistakes_in_json_lines(run, tmp_path, line, found):
+    (tmp_path / "p.jsonl").write_text(f'"fine"\n{line}\n')
+    for file in (tmp_path / "p.jsonl", "-"):
+        stdin = (tmp_path / "p.jsonl").read_bytes()
+        status, out, err = run("--prompt_file", file, stdin=stdin)
+        assert (status, out) == (1, "") and f"{file}, line 2 is {found}" in err
+        assert 'expected a JSON string or {"prompt": "..."}' in err
+
+
+def test_every_way_to_write_a_flag():
+    def command(out, n: int = 1, json: bool = False, name: str = ""):
+        pass
+
+    flags = inspect.signature(command).parameters
+    plain = ["--out=o", "--json=True", "--n=-3", "--name=-"]
+    assert arguments(plain, flags) == plain
+    assert arguments(["o", "--json", "--n", "-3", "--name", "-"], flags) == plain
+    assert arguments(["-o", "o", "-json", "True", "--n=-3", "--name=-"], flags) == plain
+    assert arguments(["o", "--nojson"], flags) == ["--out=o", "--json=False"]
+    with pytest.raises(ValueError, match="--out is missing: write --out=VALUE"):
+        arguments(["--json"], flags)
 
 
 def test_a_warning_is_one_line(run, make_folder):
@@ -125,24 +159,14 @@ def test_a_warning_is_one_line(run, make_folder):
 
 
 @pytest.mark.parametrize(
-    "line, message",
-    [("{", "line 2, is not JSON"), ("5", "line 2: expected a string"), ('{"text": "a"}', "line 2")],
-)
-def test_mistakes_in_json_lines(run, tmp_path, line, message):
-    (tmp_path / "p.jsonl").write_text(f'"fine"\n{line}\n')
-    status, out, err = run("--prompt_file", tmp_path / "p.jsonl")
-    assert (status, out) == (1, "") and message in err
-
-
-@pytest.mark.parametrize(
     "errors, message",
-    [("strict", b"that is no utf-8 text"), ("surrogateescape", b"prompt 1 holds half a character")],
+    [("strict", b"that is not utf-8 text"), ("surrogateescape", b"prompt 1 holds half a")],
 )
 def test_interactive_goes_on_after_ctrl_c_and_mistakes(errors, message):
     """A real process and a real signal; bytes that are no text, as two locales take them."""
-    arguments = ["--interactive", "--max_seq_len=20000", "--max_gen_len=19000", "--device=cpu"]
+    words = ["--interactive", "--max_seq_len=20000", "--max_gen_len=19000", "--device=cpu"]
     with subprocess.Popen(
-        [sys.executable, "-u", "-m", "llama", *arguments],
+        [sys.executable, "-u", "-m", "llama", *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -165,27 +189,29 @@ def test_interactive_goes_on_after_ctrl_c_and_mistakes(errors, message):
     assert b"Traceback" not in rest and rest.startswith(b"error: " + message)
 
 
-@pytest.mark.parametrize("command", [["-m", "llama", "--seed=1"], ["example.py"]], ids=str)
-def test_help_has_a_sentence_and_the_default_of_every_flag(command):
-    done = subprocess.run(
-        [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT
-    )
+def test_version_and_an_error_without_stderr():
+    command = f"{sys.executable} -m llama --version; {sys.executable} -m llama --bogus 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, f"llama-int8 {llama.__version__}\n")
+
+
+def test_help_has_a_sentence_and_the_default_of_every_flag():
+    command = [sys.executable, "-m", "llama", "--seed=1", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stderr == ""
     flags = flags_of(done.stdout)
-    expected = {
-        **inspect.signature(LLaMA.build).parameters,
-        **inspect.signature(Settings).parameters,
-    }
-    if command[0] == "-m":
-        expected |= inspect.signature(__main__.main).parameters
-    expected["debug"] = cli.DEBUG
-    assert set(flags) == set(expected) - {"prompts", "model", "settings"}
+    expected = inspect.signature(__main__.main).parameters
     for name, (default, sentence) in flags.items():
         assert len(sentence) > 15, name
         assert default == repr(expected[name].default), name
+    assert list(flags) == list(expected)
+    for function in (LLaMA.build, LLaMA.generate):  # the flags are theirs
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in ("self", "prompts"):
+                assert expected[name].default == parameter.default, name
 
 
 def flags_of(text):
     """name -> (default, sentence)"""
-    pattern = r"^    (?:-\w, )?--(\w+)=\w+\n +Default: (.*)\n +(\S.*)$"
+    pattern = r"^    (?:-\w, )?--(\w+)=\w+\n(?: +Type: .*\n)? +Default: (.*)\n +(\S.*)$"
     return {name: about for name, *about in re.findall(pattern, text, re.M)}
