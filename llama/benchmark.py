@@ -165,7 +165,7 @@ def main(
     tokenizer_path: str | None = None,
     batches: list[int] = BATCHES,
     lengths: list[int] = LENGTHS,
-    engines: list[str] | str = tuple(ENGINES),
+    engines: str = ",".join(ENGINES),
     json: str | None = None,
 ):
     """Times start, prefill and decoding on CUDA.
@@ -183,6 +183,8 @@ def main(
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
     if ckpt_dir is None:
         args_of(size)  # its error before anything long
+    engines = engines.split(",")
+    batches, lengths = ([of] if isinstance(of, int | str) else of for of in (batches, lengths))
     if unknown := [name for name in engines if name not in ENGINES]:
         raise ValueError(f"engines has {unknown[0]!r}, expected some of {', '.join(ENGINES)}")
     for length in lengths:
