@@ -1,5 +1,6 @@
 """Does the script do for a user what the README says?"""
 
+import inspect
 import os
 import runpy
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from llama import LLaMA
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,33 +51,29 @@ def test_a_single_prompt_streams():
         process.kill()
 
 
+def edited(tmp_path, prompts):
+    """A copy of the script with other prompts and without its docstring, as a user may edit it."""
+    _, _, text = (ROOT / "example.py").read_text().split('"""', 2)
+    start, end = text.index("prompts = ["), text.index("\n]\n") + 2
+    (tmp_path / "mine.py").write_text(f"{text[:start]}prompts = {prompts}{text[end:]}")
+    return tmp_path / "mine.py"
+
+
 def test_edited_prompts_run_in_batches(tmp_path, demo):
-    text = (ROOT / "example.py").read_text()
-    start, end = text.index("prompts = ["), text.index("]\n", text.index("prompts = ["))
-    edited = text[:start] + 'prompts = ["The fox", "The fox", "The king"' + text[end:]
-    (tmp_path / "mine.py").write_text(edited)
+    prompts = ["The fox", "The fox", "The king"]
     settings = ["--max_batch_size=1", "--max_gen_len=8", "--seed=3", "--device=cpu"]
-    done = run(*settings, script=tmp_path / "mine.py")
+    done = run(*settings, script=edited(tmp_path, prompts))
     assert done.returncode == 0, done.stderr
-    texts = [text.strip() for text in done.stdout.split("==================================")]
-    assert texts == [*demo.generate(["The fox", "The fox", "The king"], 8, seed=3), ""]
+    texts = done.stdout.split("\n\n==================================\n\n")
+    assert texts == [*demo.generate(prompts, 8, seed=3), ""]
     assert texts[0] != texts[1]
-
-
-def test_a_mistake_is_one_line_on_stderr_and_exit_status_1():
-    done = run("--ckpt_dir", "/nowhere")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines() == [
-        "error: /nowhere does not exist: pass the model folder, e.g. --ckpt_dir /w/13B"
-    ]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
-        (["--max-genlen", "5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
-        (["-max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
+        (["-max_genlen=5"], "unknown flag -max_genlen: did you mean --max_gen_len?"),
         (["x"] * 20, "'x' belongs to no flag: write --NAME=VALUE, see --help"),
         (["--zzz"], "unknown flag --zzz: see --help"),
         (["--ckpt_dir", str(ROOT)], "no consolidated.*.pth in"),
@@ -82,22 +81,33 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_1():
         (["--temperature=hot"], "temperature is 'hot', expected a number, from 0"),
         (["--use_int8=no"], "use_int8 is 'no', expected True or False"),
         (["--max_batch_size=0"], "max_batch_size is 0, expected a whole number"),
-        (["--max_batch_size=two"], "max_batch_size is 'two', expected a whole number"),
         (["--max_seq_len=4"], "prompt 1 has 1"),
-        (["--ckpt_dir"], "--ckpt_dir has no value: write --ckpt_dir=VALUE"),
-        (["--ckpt_dir=1e5"], "1e5 does not exist"),
+        (["--ckpt_dir=1e5"], "1e5 does not exist: pass the model folder, e.g. --ckpt_dir /w/13B"),
         (["--ckpt_dir=~/nowhere"], str(Path.home() / "nowhere")),
     ],
     ids=str,
 )
-def test_mistakes(arguments, message, monkeypatch, capsys):
+def test_mistakes(arguments, message, monkeypatch, capsys, script=ROOT / "example.py"):
     monkeypatch.setattr(sys, "argv", ["example.py", "--device=cpu", *arguments])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "example.py"), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     out, err = capsys.readouterr()
     assert caught.value.code == 1 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1  # nothing was loaded
     assert message in err
+
+
+def test_a_list_without_prompts(tmp_path, monkeypatch, capsys):
+    message = "the list `prompts` in this script is empty: write a prompt into it"
+    test_mistakes([], message, monkeypatch, capsys, edited(tmp_path, []))
+
+
+@pytest.mark.parametrize("file", ["example.py", "llama/__main__.py"])
+def test_flags_are_those_of_build_and_generate(file):
+    flags = inspect.signature(runpy.run_path(str(ROOT / file))["main"]).parameters
+    for method in (LLaMA.build, LLaMA.generate):
+        for name, parameter in inspect.signature(method).parameters.items():
+            assert name in ("self", "prompts") or flags[name].default == parameter.default, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch may import more")

@@ -218,10 +218,11 @@ def test_numbers_of_numpy_are_numbers(demo):
 def test_commands_without_streams_or_docstrings():
     """With a shell's >&- and with python -OO."""
     command = [sys.executable, "-m", "llama", "--prompt=a", "--max_gen_len=2"]
-    for closing in (">&-", "<&-"):
-        line = f"{shlex.join(command)} {closing}"
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and "Traceback" not in done.stderr
+    for closing in (">&-", "<&-", "2>&-"):
+        for line, status in ((command, 0), ([*command, "--bogus"], 1)):
+            line = f"{shlex.join(line)} {closing}"
+            done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == status and "Traceback" not in done.stderr
     command.insert(1, "-OO")
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
 
