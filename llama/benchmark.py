@@ -24,8 +24,9 @@ from llama.cli import run
 from llama.generation import DEMO, LLaMA
 from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
-from llama.model import KVCache, Transformer, check, rotation_table
+from llama.model import KVCache, Transformer, rotation_table
 from llama.room import GIB, cache_bytes, check_room, weight_bytes
+from llama.settings import check
 from llama.tokenizer import Tokenizer
 
 OUTLIERS = [7, 300, 1021, 2049, 3333]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama import checkpoint, room, shards
+from llama import checkpoint, params, room
 from llama.continuation import Continuation
 from llama.graph import captured
 from llama.int8 import Int8Linear
@@ -111,7 +111,7 @@ class LLaMA:
         folder = DEMO if ckpt_dir is None else Path(os.path.expanduser(ckpt_dir))
         target = pick_device(device, use_int8)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        args, tokenizer = shards.read_model(folder, tokenizer_path, **limits)
+        args, tokenizer = params.read_model(folder, tokenizer_path, **limits)
         encode(prompts, tokenizer, args.max_seq_len)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = engine_for(target, args.head_dim)

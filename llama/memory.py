@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llama import shards
+from llama import params
 from llama.cli import run
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
@@ -29,7 +29,7 @@ def args_of(size: str, **limits: int) -> ModelArgs:
     """Those of Meta's LLaMA of this size; ValueError if there is none."""
     if size not in SIZES:
         raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
-    return ModelArgs(**{"norm_eps": 1e-6} | SIZES[size], vocab_size=VOCABULARY, **limits)
+    return params.model_args({"norm_eps": 1e-6} | SIZES[size], VOCABULARY, **limits)
 
 
 def main(
@@ -52,7 +52,7 @@ def main(
     if ckpt_dir is None:
         args = args_of(size, **limits)
     else:
-        args, _ = shards.read_model(Path(os.path.expanduser(ckpt_dir)), tokenizer_path, **limits)
+        args, _ = params.read_model(Path(os.path.expanduser(ckpt_dir)), tokenizer_path, **limits)
     with torch.device("meta"):
         models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
     int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)

@@ -13,9 +13,8 @@ K head dimension, D model dimension, V vocabulary.
 """
 
 import copy
-import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,30 +26,9 @@ from llama.int8 import Int8Linear
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def check(name: str, value, kind: type, low: float, high: float) -> int | float:
-    """value as Python's own int or float; ValueError unless it is a number of this kind (an int is
-    a float too) within bounds."""
-    kinds = numbers.Integral if kind is int else numbers.Real
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        number = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} is {value!r:.60}, expected {number}, from {low} to {high}")
-    return kind(value)
-
-
-def check_fields(of, **ranges: tuple[type, float, float]) -> None:
-    """`check` of fields of a frozen dataclass, which keeps what comes of it; None may stay where it
-    is the default."""
-    for field in fields(of):
-        value = getattr(of, field.name)
-        if field.name in ranges and not (value is None and field.default is None):
-            object.__setattr__(of, field.name, check(field.name, value, *ranges[field.name]))
-
-
 @dataclass(frozen=True)
 class ModelArgs:
-    """The keys of Meta's `params.json`, and the two limits of a session. ValueError for what no
-    LLaMA can have."""
+    """The keys of Meta's `params.json`, and the two limits of a session."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -64,27 +42,6 @@ class ModelArgs:
 
     max_batch_size: int = 32
     max_seq_len: int = 512
-
-    def __post_init__(self):
-        check_fields(
-            self,
-            dim=(int, 1, 2**17),
-            n_layers=(int, 1, 1000),
-            n_heads=(int, 1, 2**17),
-            vocab_size=(int, -1, 2**24),
-            multiple_of=(int, 1, 2**17),
-            ffn_dim_multiplier=(float, 0.01, 100),
-            norm_eps=(float, 1e-12, 0.1),
-            rope_theta=(float, 100, 1e12),
-            max_batch_size=(int, 1, 2**20),
-            max_seq_len=(int, 1, 2**20),
-        )
-        check_fields(self, n_kv_heads=(int, 1, self.n_heads))
-        if self.dim % (2 * self.n_heads) or self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"dim is {self.dim}, n_heads {self.n_heads}, n_kv_heads {self.kv_heads}: expected "
-                "heads of one even width, and n_kv_heads to divide n_heads"
-            )
 
     @property
     def head_dim(self) -> int:
@@ -255,7 +212,6 @@ class Transformer(nn.Module):
 
     def __init__(self, args: ModelArgs, linear: type[nn.Linear] = Int8Linear):
         super().__init__()
-        check("vocab_size", args.vocab_size, int, 1, 2**24)
         self.args = args
         # nn.Embedding itself begins with normal_(), which imports torch._dynamo: a second a start.
         table = torch.empty(args.vocab_size, args.dim).uniform_(-1, 1)

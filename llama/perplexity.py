@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llama.cli import read_text, run
 from llama.generation import ENGINES, LLaMA
-from llama.model import check
+from llama.settings import check
 
 DRAWS = 1000
 PICTURES = (".png", ".svg", ".pdf")

@@ -2,14 +2,33 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Concatenate, ParamSpec, TypeVar
-
-from llama.model import check_fields
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+
+
+def check(name: str, value, kind: type, low: float, high: float) -> int | float:
+    """value as Python's own int or float; ValueError unless it is a number of this kind (an int is
+    a float too) within bounds."""
+    kinds = numbers.Integral if kind is int else numbers.Real
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        number = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {value!r:.60}, expected {number}, from {low} to {high}")
+    return kind(value)
+
+
+def check_fields(of, **ranges: tuple[type, float, float]) -> None:
+    """`check` of fields of a frozen dataclass, which keeps what comes of it; None may stay where it
+    is the default."""
+    for field in fields(of):
+        value = getattr(of, field.name)
+        if field.name in ranges and not (value is None and field.default is None):
+            object.__setattr__(of, field.name, check(field.name, value, *ranges[field.name]))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Reads what model a folder holds: `params.json` and the tokenizer, checked."""
+
+import json
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+
+from llama.model import ModelArgs
+from llama.settings import check_fields
+from llama.shards import one_line, some_of
+from llama.tokenizer import Tokenizer, read_bytes
+
+INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
+LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
+OTHER_FORMATS = {".safetensors": "safetensors, as Hugging Face has them", ".gguf": "a GGUF file"}
+RANGES = {
+    "dim": (int, 1, 2**17),
+    "n_layers": (int, 1, 1000),
+    "n_heads": (int, 1, 2**17),
+    "vocab_size": (int, -1, 2**24),
+    "multiple_of": (int, 1, 2**17),
+    "ffn_dim_multiplier": (float, 0.01, 100),
+    "norm_eps": (float, 1e-12, 0.1),
+    "rope_theta": (float, 100, 1e12),
+}
+LIMITS = {"max_batch_size": (int, 1, 2**20), "max_seq_len": (int, 1, 2**20)}
+
+
+def read_model(
+    ckpt_dir: Path, tokenizer_path: str | Path | None, **limits: int
+) -> tuple[ModelArgs, Tokenizer]:
+    """Limits are max_seq_len and max_batch_size. Without a path, the tokenizer is the one in the
+    folder or, as Meta has it, beside it. Errors as those of read_params, model_args, Tokenizer."""
+    params = read_params(ckpt_dir)
+    if tokenizer_path is None:
+        near = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
+        tokenizer_path = next((path for path in near if path.is_file()), near[0])
+    tokenizer = Tokenizer(tokenizer_path)
+    return model_args(params, tokenizer.n_words, **limits), tokenizer
+
+
+def read_params(ckpt_dir: Path) -> dict:
+    """The keys of a model folder's params.json; OSError or ValueError if it has none to read."""
+    if not list(ckpt_dir.glob("consolidated.*.pth")):
+        raise FileNotFoundError(what_it_is(ckpt_dir))
+    path = ckpt_dir / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
+    content = read_bytes(path, LARGEST_PARAMS)
+    if len(content) == LARGEST_PARAMS:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, expected about 100: download it again"
+        )
+    try:
+        params = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
+    params = params.get("model", params) if isinstance(params, dict) else params
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds no JSON object: download it again")
+    version = params.pop("int8_format", INT8_FORMAT)
+    if version != INT8_FORMAT:
+        raise ValueError(
+            f"{path} is of int8 format {version!r:.60}, this program reads {INT8_FORMAT}: take a "
+            "newer one, or quantize the model again"
+        )
+    return params
+
+
+def what_it_is(path: Path) -> str:
+    """A sentence about a path that is no folder with shards, and what to pass instead."""
+    models = sorted(shard.parent for shard in path.glob("*/consolidated.*.pth"))
+    instead = f"e.g. --ckpt_dir {one_line(str(models[0])) if models else '/w/13B'}"
+    entries = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    for entry in entries:
+        if entry.suffix in OTHER_FORMATS:
+            verb = "is" if entry == path else "holds"
+            return (
+                f"{path} {verb} {OTHER_FORMATS[entry.suffix]}: this program reads Meta's files "
+                f"(consolidated.00.pth and so on), pass a folder of those, {instead}"
+            )
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        return f"{path} {found}: pass the model folder, {instead}"
+    held = ", ".join(f"{one_line(entry.name)}{'/' * entry.is_dir()}" for entry in entries[:8])
+    return (
+        f"no consolidated.*.pth in {path} (it holds {held or 'nothing'}): pass the model folder, "
+        f"{instead}"
+    )
+
+
+def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
+    """ValueError for what is missing or no LLaMA can have, a warning for keys it does not know."""
+    known = {field.name for field in fields(ModelArgs)} - LIMITS.keys()
+    if unknown := sorted(set(params) - known):
+        warnings.warn(f"params.json: unknown keys are ignored: {some_of(unknown)}", stacklevel=4)
+    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
+    if missing:
+        raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
+    args = ModelArgs(**{key: value for key, value in params.items() if key in known})
+    try:
+        check_fields(args, **RANGES)
+        check_fields(args, n_kv_heads=(int, 1, args.n_heads))
+        if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
+            raise ValueError(
+                f"dim is {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads}: expected "
+                "heads of one even width, and n_kv_heads to divide n_heads"
+            )
+    except ValueError as error:
+        raise ValueError(f"params.json: {error}; download it again") from None
+    if args.vocab_size not in (-1, vocab_size):
+        raise ValueError(
+            f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
+            "pass the tokenizer.model that came with these weights"
+        )
+    args = replace(args, vocab_size=vocab_size, **limits)
+    check_fields(args, **LIMITS)
+    return args
