@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -195,10 +195,10 @@ def int8_targets(model: Transformer, weight: Weight) -> list[Tensor]:
 
 
 def by_name(weight: Weight, filled: list[Tensor]) -> dict[str, Tensor]:
-    if len(filled) == 1:
-        return {weight.name: filled[0]}
-    path, by_rows = weight.name.removesuffix(".weight"), torch.tensor(BY_ROWS, dtype=torch.uint8)
-    return {weight.name: filled[0], f"{path}.SCB": filled[1], f"{path}.weight_format": by_rows}
+    path = weight.name.removesuffix(".weight")
+    by_rows = torch.tensor(BY_ROWS, dtype=torch.uint8, device="cpu")
+    names = weight.name, f"{path}.SCB", f"{path}.weight_format"
+    return dict(zip(names, filled if len(filled) == 1 else [*filled, by_rows]))
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -229,9 +229,11 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
     int8 = holds_int8(shards)
     expected = expected_tensors(model, int8)
     if int8:
-        together = {name: piece for shard in shards.values() for name, piece in shard.items()}
-        if len(together) < sum(map(len, shards.values())):
-            raise ValueError("two int8 files hold the same tensor: quantize the model again")
+        together = {}
+        for file, shard in shards.items():
+            if twice := [name for name in shard if name in together]:
+                raise ValueError(f"{file} holds {some_of(twice)} again: quantize the model again")
+            together |= shard
         shards = {"the int8 files": together}
     for file, shard in shards.items():
         missing = [name for name in expected if name not in shard]
@@ -293,8 +295,8 @@ def check_piece(name: str, piece: Piece, shape: tuple, dim: int | None, of: int,
         shards = "1 shard asks" if of == 1 else f"{of} shards ask"
         hint = f" (it is one of {count:.0f} shards)" if count in {*range(1, 65)} - {of} else ""
         raise ValueError(
-            f"{name} in {file} is {piece.shape!s:.60}, but by params.json {shards} for {want}{hint}: "
-            "take all files from one model"
+            f"{name} in {file} is {piece.shape!s:.60}, but by params.json {shards} for {want}"
+            f"{hint}: take all files from one model"
         )
 
 
@@ -318,25 +320,18 @@ def stream(
         try:
             for weight in planned:
                 targets = targets_of(weight)
-                jobs = [pool.submit(fill, idle, *block) for block in weight.blocks(targets)]
+                jobs = [pool.submit(fill, idle, weight, *block) for block in weight.blocks(targets)]
                 running.append((weight, targets, jobs))
                 while len(running) > (0 if weight is planned[-1] else AHEAD):
                     done, filled, jobs = running.popleft()
-                    wait(done, jobs)
+                    for job in jobs:
+                        job.result()
                     if done.layer is not None:
                         bar.set_postfix_str(f"layer {done.layer + 1}/{n_layers}", refresh=False)
                     bar.update(done.nbytes / GIB)
                     yield done, filled
         finally:  # after an error nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def wait(weight: Weight, jobs: list[Future]) -> None:
-    try:
-        for job in jobs:
-            job.result()
-    except ValueError as error:
-        raise ValueError(f"{weight.name} in {error}: the file is damaged") from None
 
 
 def work_on_one_core() -> None:
@@ -355,41 +350,38 @@ class Worker:
         self.pinned = [Buffer(pinned=True), Buffer(pinned=True)]
 
 
-def fill(idle: list[Worker], block: tuple[Piece, ...], targets: list[Tensor]) -> None:
-    """Puts pieces that stand side by side where they belong, with the buffers of an idle worker."""
+def fill(idle: list[Worker], weight: Weight, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
+    """Puts pieces of a weight that stand side by side where they belong, with the buffers of an
+    idle worker. ValueError names weight and file if a value is not finite there."""
     worker = idle.pop()
     try:
         here = [
-            pinned.view(tuple(target.shape), target.dtype) if target.is_cuda else target
+            pinned.view(target.shape, target.dtype) if target.is_cuda else target
             for pinned, target in zip(worker.pinned, targets)
         ]
         convert(block, here, worker)
         for target, source in zip(targets, here):
             if target.is_cuda:
                 target.copy_(source)  # and waits: the next block takes the same pinned memory
+    except ValueError as error:
+        files = " or ".join(piece.path.name for piece in block)
+        raise ValueError(f"{weight.name} in {files} {error}: the file is damaged") from None
     finally:
         idle.append(worker)
 
 
 def convert(block: tuple[Piece, ...], targets: list[Tensor], worker: Worker) -> None:
-    """The block's values, or its codes and scales, in host memory; ValueError names the file if a
-    value is not finite there."""
+    """Reads a block's values, or makes its codes and scales, in host memory."""
     out, quantizes = targets[0], len(targets) == 2
     if len(block) == 1 and block[0].dtype == out.dtype and block[0].contiguous:
         block[0].read_into(out)
     else:
-        values = worker.joined.view(tuple(out.shape), torch.float32) if quantizes else out
-        parts = [values]
-        if len(block) > 1:
-            parts = values.split([piece.shape[1] for piece in block], 1)
-        for piece, part in zip(block, parts):
+        values = worker.joined.view(out.shape, torch.float32) if quantizes else out
+        widths = [piece.shape[1] for piece in block]
+        for piece, part in zip(block, values.split(widths, 1) if len(block) > 1 else [values]):
             read = piece.read(worker.read)
             part.copy_(read.half() if quantizes and read.dtype != torch.half else read)
-    try:
-        if quantizes:
-            quantize(values, *targets)
-        elif out.is_floating_point():
-            check_finite(*out.aminmax())
-    except ValueError as error:
-        files = " or ".join(piece.path.name for piece in block)
-        raise ValueError(f"{files} {error}") from None
+    if quantizes:
+        quantize(values, *targets)
+    elif out.is_floating_point():
+        check_finite(*out.aminmax())

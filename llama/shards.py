@@ -78,7 +78,7 @@ class Piece:
 
     @property
     def contiguous(self) -> bool:
-        return self.stride == dense(self.shape)
+        return self.stride == tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
     def as_matrix(self) -> "Piece":
         """A vector as one row."""
@@ -99,10 +99,6 @@ class Piece:
 
     def read(self, buffer: Buffer) -> Tensor:
         """Its values, in the buffer."""
-        if self.contiguous:
-            values = buffer.view(self.shape, self.dtype)
-            self.read_into(values)
-            return values
         values = buffer.view((span(self.shape, self.stride),), self.dtype)
         self.read_into(values)
         return values.as_strided(self.shape, self.stride)
@@ -124,11 +120,6 @@ class Piece:
                 f"{self.path} could not be read ({error.strerror or error}): look after its disk, "
                 "or let whatever writes it end, and load again"
             ) from None
-
-
-def dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -302,28 +293,24 @@ def storage(kind: str, dtype: torch.dtype, key: str, _, size: int, records: dict
 
 def view(storage: Piece, first: int, shape: tuple, stride: tuple, _grad, _hooks, bits=None):
     """A tensor in a storage, as torch._utils._rebuild_tensor_v2 makes it."""
-    if bits or not (type(storage) is Piece and type(shape) is type(stride) is tuple):
-        raise NotTensors("a tensor of another kind" if not bits else "a negative or conjugate view")
-    sizes = (first, *shape, *stride)
-    if not len(shape) == len(stride) <= MOST_DIMENSIONS or any(type(n) is not int for n in sizes):
-        raise NotTensors("a tensor of no shape")
+    if bits:
+        raise NotTensors("a negative or conjugate view")
+    if not (type(storage) is Piece and type(shape) is type(stride) is tuple):
+        raise NotTensors("a tensor of another kind")
+    if not len(shape) == len(stride) <= MOST_DIMENSIONS:
+        raise NotTensors(f"a tensor of {len(shape)} dimensions")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in (first, *shape, *stride)):
+        raise ValueError("a tensor's shape or place is not of whole numbers")
     values = span(shape, stride)
-    if min(sizes) < 0 or first + values > math.prod(storage.shape):
-        raise ValueError("a tensor is not within its storage")
-    if values > LARGEST_SPAN * math.prod(shape):
-        raise ValueError("a tensor is spread over several times its size")
-    # A step that is never taken may be any number.
-    steps = zip(shape, stride, dense(shape))
-    stride = tuple(step if n > 1 and values else plain for n, step, plain in steps)
+    if first + values > math.prod(storage.shape) or values > LARGEST_SPAN * math.prod(shape):
+        raise ValueError("a tensor is not within its storage, or spread over far more than itself")
     offset = storage.offset + first * storage.dtype.itemsize
     return replace(storage, offset=offset, shape=shape, stride=stride)
 
 
 # What a list of tensors may name, and what stands for it here: nothing of torch's is called.
-TYPES = {"Half": torch.half, "BFloat16": torch.bfloat16, "Float": torch.float}
-TYPES |= {"Double": torch.double, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
-TYPES |= {"Short": torch.short, "Int": torch.int, "Long": torch.long}
-TYPES |= {"ComplexFloat": torch.cfloat, "ComplexDouble": torch.cdouble}
+TYPES = {name: getattr(torch, name.lower()) for name in "Half BFloat16 Float Double Bool".split()}
+TYPES |= {"Byte": torch.uint8, "Char": torch.int8, "Int": torch.int, "Long": torch.long}
 GLOBALS = {f"torch {name}Storage": dtype for name, dtype in TYPES.items()} | {
     "collections OrderedDict": lambda: {},
     "torch._utils _rebuild_tensor_v2": view,
