@@ -1,4 +1,4 @@
-"""`pip install .` installs the package and its demo model, `pip install .[test]` the tests' needs."""
+"""`pip install .` installs the package and its demo model, `pip install .[test]` what tests need."""
 
 import re
 from pathlib import Path

@@ -1,10 +1,9 @@
-"""How do files become a model?
+"""Makes a model from the files of its folder, and writes the folder of its int8 form.
 
-What the shards hold is checked whole before anything long starts: every name, shape and type
-against what `params.json` asks for, and the room on the device. Then the weights stream through
-several threads: each reads a block of rows from the shards, joins and quantizes it, and moves it to
-its place. Anonymous host memory peaks at a few blocks a thread on CUDA and at the finished model on
-the CPU.
+`plan` checks every name, shape and type in the shards against what `params.json` asks for before
+anything long starts. Then `stream` fills tensors in several threads: each reads a block of rows
+from the shards, joins and quantizes it, and moves it to its place. Host memory peaks at a few
+blocks a thread on CUDA and at the finished model on the CPU.
 
 `save_int8` writes a folder of the same kind that is already quantized, one file a layer; loading it
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
@@ -13,36 +12,39 @@ is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_for
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
+from llama.params import INT8_FORMAT, read_params
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
-from llama.shards import INT8_FORMAT, Piece, one_line, open_shards, scratch, some_of
-from llama.params import read_params
+from llama.shards import Buffer, Piece, one_line, open_shards, some_of
 from llama.tokenizer import Tokenizer
 
 # Values that a thread quantizes at once, and threads. 13B on 16 cores: 4.0 to 4.4 s; 2^23: 5.5,
 # 2^21: 5.5, 2^20: 10.5, since threads wait for Python between calls of torch; 16 threads: 4.1 to
 # 4.9 with twice the host memory, 6: 4.6 (H200 machine, page cache, 2026-11-23).
 VALUES_A_BLOCK = 2**22
-MOST_WORKERS = 8
+MOST_THREADS = 8
 BYTES_A_BLOCK = 2**22  # that a thread reads at once where nothing is to be quantized
 AHEAD = 4  # weights in work beside the one that is waited for
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
 
 # The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
@@ -63,7 +65,7 @@ class Weight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.pieces[0].tensor.dtype
+        return self.pieces[0].dtype
 
     @property
     def layer(self) -> int | None:
@@ -71,16 +73,21 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.tensor.nbytes for piece in self.pieces)
+        return sum(piece.nbytes for piece in self.pieces)
 
-    def blocks(self, values: int) -> list[list[Piece]]:
-        """Consecutive blocks of rows, each the pieces that stand side by side in it."""
+    def blocks(self, targets: list[Tensor]) -> list[tuple[tuple[Piece, ...], tuple[Tensor, ...]]]:
+        """Blocks of rows: the pieces that stand side by side in one, and the same rows of targets,
+        which are as in `stream`."""
+        quantizes = len(targets) == 2
+        values = VALUES_A_BLOCK if quantizes else BYTES_A_BLOCK // self.dtype.itemsize
         side_by_side = self.pieces if self.dim == 1 else self.pieces[:1]
-        rows = max(1, values // sum(piece.tensor.shape[1] for piece in side_by_side))
-        split = [piece.split(rows) for piece in self.pieces]
-        if self.dim == 1:
-            return [list(block) for block in zip(*split)]
-        return [[part] for parts in split for part in parts]
+        most = max(1, values // sum(piece.shape[1] for piece in side_by_side))
+        split = [piece.split(most) for piece in self.pieces]
+        pieces = list(zip(*split)) if self.dim == 1 else list(zip(chain(*split)))
+        if targets[0].dim() == 1:
+            targets = [targets[0][None]]
+        rows = [block[0].shape[0] for block in pieces]
+        return list(zip(pieces, zip(*(target.split(rows) for target in targets))))
 
 
 @torch.inference_mode(False)  # other threads could not write tensors that were made in it
@@ -104,28 +111,34 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
         for group in model.linears():
             allocate(group, device)
 
-    def place(weight: Weight) -> list[Tensor]:
-        path, attribute = weight.name.rsplit(".", 1)
-        module = model.get_submodule(path)
-        if not isinstance(module, Int8Linear):
-            empty = torch.empty(getattr(module, attribute).shape, dtype=dtype, device=device)
-            setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
-            return [empty]
-        CB, SCB = module.state.CB, module.state.SCB
-        if attribute == "SCB":
-            return [SCB]
-        return [CB] if weight.dtype == torch.int8 else [CB, SCB]
-
-    name = one_line(ckpt_dir.resolve().name)
-    peak = stream(planned, place, f"Loading {name}", args.n_layers)
+    name, peak = one_line(ckpt_dir.resolve().name), memory_before
+    targets = partial(targets_in, model, dtype, device)
+    with closing(stream(planned, targets, f"Loading {name}", args.n_layers)) as done:
+        for _ in done:
+            peak = max(peak, anonymous_bytes())
     model.rotation = rotation_table(args, device)
     print(
         f"Loaded {name} in {time.perf_counter() - started:.1f} s: "
         f"{size(weight_bytes(model, dtype))} on {device}, "
-        f"host memory peaked {size(max(0, peak - memory_before))} above the start",
+        f"host memory peak +{size(peak - memory_before)}",
         file=sys.stderr,
     )
     return model
+
+
+def targets_in(
+    model: Transformer, dtype: torch.dtype, device: torch.device, weight: Weight
+) -> list[Tensor]:
+    """What a weight fills: a tensor of values, made here, or the codes and scales of a layer."""
+    path, attribute = weight.name.rsplit(".", 1)
+    module = model.get_submodule(path)
+    if not isinstance(module, Int8Linear):
+        empty = torch.empty(getattr(module, attribute).shape, dtype=dtype, device=device)
+        setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
+        return [empty]
+    if attribute == "SCB":
+        return [module.state.SCB]
+    return [module.state.CB] if weight.dtype == torch.int8 else [module.state.CB, module.state.SCB]
 
 
 @torch.inference_mode(False)
@@ -154,39 +167,38 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
             "pass an --out_dir on another disk"
         )
 
-    parts = groupby(planned, lambda weight: weight.layer)
-    number = {weight.name: i for i, (_, part) in enumerate(parts) for weight in part}
-    last = {i: name for name, i in number.items()}
-    unwritten = defaultdict(dict)
-
-    def place(weight: Weight) -> list[Tensor]:
-        path = weight.name.removesuffix(".weight")
-        shape, tensors = model.get_parameter(weight.name).shape, unwritten[number[weight.name]]
-        if not isinstance(model.get_submodule(path), Int8Linear):
-            tensors[weight.name] = torch.empty(shape, dtype=weight.dtype, device="cpu")
-            return [tensors[weight.name]]
-        tensors[weight.name] = torch.empty(shape, dtype=torch.int8, device="cpu")
-        tensors[f"{path}.SCB"] = torch.empty(shape[0], dtype=torch.float32, device="cpu")
-        by_rows = torch.tensor(BY_ROWS, dtype=torch.uint8, device="cpu")
-        tensors[f"{path}.weight_format"] = by_rows
-        return [tensors[weight.name], tensors[f"{path}.SCB"]]
-
-    def done(weight: Weight) -> None:
-        i = number[weight.name]
-        if weight.name == last[i]:
-            write(unwritten.pop(i), unfinished / f"consolidated.{i:02d}.pth")
-
     unfinished.mkdir(parents=True)
     try:
-        stream(
-            planned, place, f"Quantizing {one_line(ckpt_dir.resolve().name)}", args.n_layers, done
-        )
+        targets = partial(int8_targets, model)
+        title = f"Quantizing {one_line(ckpt_dir.resolve().name)}"
+        with closing(stream(planned, targets, title, args.n_layers)) as done:
+            for i, (_, layer) in enumerate(groupby(done, lambda filled: filled[0].layer)):
+                tensors = {}
+                for weight, filled in layer:
+                    tensors |= by_name(weight, filled)
+                write(tensors, unfinished / f"consolidated.{i:02d}.pth")
         shutil.copy(tokenizer.path, unfinished / "tokenizer.model")
         params = read_params(ckpt_dir) | {"int8_format": INT8_FORMAT}
         (unfinished / "params.json").write_text(json.dumps(params))
         unfinished.rename(out_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def int8_targets(model: Transformer, weight: Weight) -> list[Tensor]:
+    """What a weight fills: codes and scales, or where it is not quantized the values."""
+    shape = model.get_parameter(weight.name).shape
+    if not isinstance(model.get_submodule(weight.name.removesuffix(".weight")), Int8Linear):
+        return [torch.empty(shape, dtype=weight.dtype, device="cpu")]
+    scales = torch.empty(shape[0], dtype=torch.float32, device="cpu")
+    return [torch.empty(shape, dtype=torch.int8, device="cpu"), scales]
+
+
+def by_name(weight: Weight, filled: list[Tensor]) -> dict[str, Tensor]:
+    path = weight.name.removesuffix(".weight")
+    by_rows = torch.tensor(BY_ROWS, dtype=torch.uint8, device="cpu")
+    names = weight.name, f"{path}.SCB", f"{path}.weight_format"
+    return dict(zip(names, filled if len(filled) == 1 else [*filled, by_rows]))
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -206,14 +218,23 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
         ) from None
 
 
+def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
+    return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
+
+
 def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
     """Each tensor of the model once, in its order; ValueError names the first that does not fit,
     and whatever is missing or left over. Two shards that changed places look right: only their md5
     sums tell."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if holds_int8(shards):
-        shards = {"the int8 files": joined(shards)}
-        expected = with_scales(expected, model)
+    int8 = holds_int8(shards)
+    expected = expected_tensors(model, int8)
+    if int8:
+        together = {}
+        for file, shard in shards.items():
+            if twice := [name for name in shard if name in together]:
+                raise ValueError(f"{file} holds {some_of(twice)} again: quantize the model again")
+            together |= shard
+        shards = {"the int8 files": together}
     for file, shard in shards.items():
         missing = [name for name in expected if name not in shard]
         extra = [name for name in shard if name not in expected]
@@ -223,125 +244,71 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
                 f"left over {some_of(extra)}; take both from one model"
             )
     planned = []
-    for name, shape in expected.items():
+    for name, (shape, dtypes) in expected.items():
         pieces = [shard[name] for shard in shards.values()]
         dim = JOIN_DIM.get(name.split(".")[-2]) if len(shards) > 1 else None
-        want = list(shape)
-        if dim is not None:
-            if shape[dim] % len(shards):
-                raise ValueError(
-                    f"{len(shards)} shards do not divide {name} {shape}: take all files from one "
-                    "model"
-                )
-            want[dim] //= len(shards)
-        kinds = DTYPES
-        if name.removesuffix("weight") + "SCB" in expected:
-            kinds = (torch.int8,)
-        if name.endswith(".weight_format"):
-            kinds = (torch.uint8,)
         for piece in pieces:
-            check_piece(name, piece, shape, want, len(shards), kinds)
-        if kinds == (torch.uint8,):
-            if pieces[0].read().item() != BY_ROWS:
-                raise ValueError(
-                    f"{name} in {pieces[0].path.name} is not {BY_ROWS} (by rows): quantize the "
-                    "model again"
-                )
-            continue
-        if dim is None:
-            if not all(nearly_equal(pieces[0], copy) for copy in pieces[1:]):
-                raise ValueError(
-                    f"{name} is not the same in all shards: they are of different models, take all "
-                    "files from one"
-                )
-            pieces = pieces[:1]
-        elif any(same_first_row(a, b) for a, b in combinations(pieces, 2) if "wq" in name):
+            check_piece(name, piece, shape, dim, len(shards), dtypes)
+        if not name.endswith(".weight_format"):
+            pieces = pieces[: 1 if dim is None else None]
+            planned.append(Weight(name, [piece.as_matrix() for piece in pieces], dim))
+        elif pieces[0].read(Buffer()).item() != BY_ROWS:
             raise ValueError(
-                f"two shards hold the same {name}: one is a copy of the other, fetch it again"
+                f"{name} in {pieces[0].path.name} is not {BY_ROWS} (by rows): quantize the model "
+                "again"
             )
-        planned.append(Weight(name, [piece.as_matrix() for piece in pieces], dim))
     return planned
 
 
-def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
-    return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
+def expected_tensors(model: Transformer, int8: bool) -> dict[str, tuple[tuple, tuple]]:
+    """The name of each tensor -> its shape in the model, and the types that it may have."""
+    expected = {}
+    for name, parameter in model.named_parameters():
+        shape, path = tuple(parameter.shape), name.removesuffix(".weight")
+        expected[name] = shape, FLOATS
+        if int8 and isinstance(model.get_submodule(path), Int8Linear):
+            expected[name] = shape, (torch.int8,)
+            expected[f"{path}.SCB"] = shape[:1], (torch.float32,)
+            expected[f"{path}.weight_format"] = (), (torch.uint8,)
+    return expected
 
 
-def joined(shards: dict[str, dict[str, Piece]]) -> dict[str, Piece]:
-    """The tensors of files none of which has a part of another's."""
-    together = {}
-    for file, shard in shards.items():
-        if twice := sorted(set(together) & set(shard)):
-            raise ValueError(f"{file} holds {some_of(twice)} again: quantize the model again")
-        together |= shard
-    return together
-
-
-def with_scales(expected: dict[str, tuple], model: Transformer) -> dict[str, tuple]:
-    """The shapes that a folder of save_int8 holds."""
-    more = {}
-    for name, shape in expected.items():
-        more[name] = shape
-        path = name.removesuffix(".weight")
-        if isinstance(model.get_submodule(path), Int8Linear):
-            more |= {f"{path}.SCB": shape[:1], f"{path}.weight_format": ()}
-    return more
-
-
-def same_first_row(a: Piece, b: Piece) -> bool:
-    a, b = (piece.split(1)[0].read().clone() for piece in (a, b))
-    return torch.equal(a, b)
-
-
-def nearly_equal(a: Piece, b: Piece) -> bool:
-    """Whether two copies of a norm are of one model: a hundredth apart on average at most."""
-    a, b = (piece.read().float().clone() for piece in (a, b))
-    return bool((a - b).abs().mean() <= 0.01 * a.abs().mean())
-
-
-def check_piece(
-    name: str,
-    piece: Piece,
-    shape: tuple[int, ...],
-    want: list[int],
-    n_shards: int,
-    kinds: tuple[torch.dtype, ...],
-) -> None:
-    """ValueError unless a piece of a tensor of this whole shape has the shape `want`, as by
-    params.json each of so many shards has it, and one of these types."""
-    file, tensor = piece.path.name, piece.tensor
-    if tensor.dtype not in kinds:
+def check_piece(name: str, piece: Piece, shape: tuple, dim: int | None, of: int, dtypes: tuple):
+    """ValueError unless it is one of so many pieces of a tensor of this whole shape, cut on dim, as
+    params.json asks for it, and of one of these types."""
+    file = piece.path.name
+    if piece.dtype not in dtypes:
         raise ValueError(
-            f"{name} in {file} is {tensor.dtype}, expected {' or '.join(map(str, kinds))}: pass "
+            f"{name} in {file} is {piece.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
             "Meta's original checkpoint, or what llama.quantize made of it"
         )
-    if name == "tok_embeddings.weight" and tensor.dim() == 2 and len(tensor) != shape[0]:
+    if name == "tok_embeddings.weight" and len(piece.shape) == 2 and piece.shape[0] != shape[0]:
         raise ValueError(
-            f"the weights have {tensor.shape[0]} tokens, the tokenizer {shape[0]}: "
+            f"the weights have {piece.shape[0]!s:.60} tokens, the tokenizer {shape[0]}: "
             "pass the tokenizer.model that came with these weights"
         )
-    if list(tensor.shape) != want:
-        count = torch.Size(shape).numel() / max(tensor.numel(), 1)
-        is_one_of = count in range(1, 65) and count != n_shards
-        hint = f" (it is one of {count:.0f} shards)" if is_one_of else ""
-        shards = "1 shard asks" if n_shards == 1 else f"{n_shards} shards ask"
+    if dim is not None and shape[dim] % of:
+        raise ValueError(f"{of} shards do not divide {name} {shape}: take all files from one model")
+    want = tuple(n // of if i == dim else n for i, n in enumerate(shape))
+    if piece.shape != want:
+        count = math.prod(shape) / max(math.prod(piece.shape), 1)
+        shards = "1 shard asks" if of == 1 else f"{of} shards ask"
+        hint = f" (it is one of {count:.0f} shards)" if count in {*range(1, 65)} - {of} else ""
         raise ValueError(
-            f"{name} in {file} is {tuple(tensor.shape)}, but by params.json {shards} for "
-            f"{tuple(want)}{hint}: take all files from one model"
+            f"{name} in {file} is {piece.shape!s:.60}, but by params.json {shards} for {want}"
+            f"{hint}: take all files from one model"
         )
 
 
 def stream(
-    planned: list[Weight],
-    place: Callable[[Weight], list[Tensor]],
-    title: str,
-    n_layers: int,
-    done: Callable[[Weight], None] = lambda weight: None,
-) -> int:
-    """Fills the tensors that place(weight) returns: one with the values, or two with int8 codes and
-    scales. Calls done(weight) in order. Returns the peak of anonymous_bytes()."""
-    peak = 0
-    workers = min(torch.get_num_threads(), MOST_WORKERS)
+    planned: list[Weight], targets_of: Callable[[Weight], list[Tensor]], title: str, n_layers: int
+) -> Iterator[tuple[Weight, list[Tensor]]]:
+    """Fills what targets_of(weight) gives, one tensor of values or two of int8 codes and scales, in
+    several threads. Yields each weight with its tensors when they are filled, in order. ValueError
+    if a value is not finite."""
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    idle = [Worker() for _ in range(threads)]
+    running = deque()
     bar = tqdm(
         disable=sys.stderr is None,  # a service, or pythonw
         total=sum(weight.nbytes for weight in planned) / GIB,
@@ -349,35 +316,22 @@ def stream(
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
         "{remaining} left",
     )
-    running = deque()
-
-    def settle() -> None:
-        weight, jobs = running.popleft()
-        try:
-            for job in jobs:
-                job.result()
-        except ValueError as error:
-            raise ValueError(f"{weight.name} in {error}: the file is damaged") from None
-        done(weight)
-        if weight.layer is not None:
-            bar.set_postfix_str(f"layer {weight.layer + 1}/{n_layers}", refresh=False)
-        bar.update(weight.nbytes / GIB)
-
-    pool = ThreadPoolExecutor(workers, initializer=work_on_one_core)
-    with bar, pool:
+    with bar, ThreadPoolExecutor(threads, initializer=work_on_one_core) as pool:
         try:
             for weight in planned:
-                running.append((weight, start(weight, place(weight), pool)))
-                peak = max(peak, anonymous_bytes())
-                if len(running) > AHEAD:
-                    settle()
-            while running:
-                settle()
-                peak = max(peak, anonymous_bytes())
-        finally:  # after an error nobody waits for the rest, or keeps what it was for
+                targets = targets_of(weight)
+                jobs = [pool.submit(fill, idle, weight, *block) for block in weight.blocks(targets)]
+                running.append((weight, targets, jobs))
+                while len(running) > (0 if weight is planned[-1] else AHEAD):
+                    done, filled, jobs = running.popleft()
+                    for job in jobs:
+                        job.result()
+                    if done.layer is not None:
+                        bar.set_postfix_str(f"layer {done.layer + 1}/{n_layers}", refresh=False)
+                    bar.update(done.nbytes / GIB)
+                    yield done, filled
+        finally:  # after an error nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
-            running.clear()
-    return peak
 
 
 def work_on_one_core() -> None:
@@ -388,47 +342,46 @@ def work_on_one_core() -> None:
         ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 
-def start(weight: Weight, targets: list[Tensor], pool: ThreadPoolExecutor) -> list[Future]:
-    if targets[0].dim() == 1:
-        targets = [targets[0][None]]
-    quantizes = len(targets) == 2
-    jobs, first = [], 0
-    for block in weight.blocks(
-        VALUES_A_BLOCK if quantizes else BYTES_A_BLOCK // weight.dtype.itemsize
-    ):
-        rows = slice(first, first + len(block[0].tensor))
-        jobs.append(pool.submit(fill, block, [target[rows] for target in targets]))
-        first = rows.stop
-    return jobs
+class Worker:
+    """The buffers of one thread."""
+
+    def __init__(self):
+        self.read, self.joined = Buffer(), Buffer()
+        self.pinned = [Buffer(pinned=True), Buffer(pinned=True)]
 
 
-def fill(block: list[Piece], targets: list[Tensor]) -> None:
-    """Puts pieces that stand side by side where they belong; ValueError names the file if a value
-    is not finite there."""
-    here = [
-        scratch(f"pinned {i}", target.shape, target.dtype, True) if target.is_cuda else target
-        for i, target in enumerate(targets)
-    ]
-    out, quantizes = here[0], len(here) == 2
-    first = block[0].tensor
-    if len(block) == 1 and first.dtype == out.dtype and first.is_contiguous():
-        block[0].read_into(out)
-    else:
-        values = scratch("joined", out.shape, torch.float32) if quantizes else out
-        parts = [values]
-        if len(block) > 1:
-            parts = values.split([piece.tensor.shape[1] for piece in block], 1)
-        for piece, part in zip(block, parts):
-            read = piece.read()
-            part.copy_(read.half() if quantizes and read.dtype != torch.half else read)
+def fill(idle: list[Worker], weight: Weight, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
+    """Puts pieces of a weight that stand side by side where they belong, with the buffers of an
+    idle worker. ValueError names weight and file if a value is not finite there."""
+    worker = idle.pop()
     try:
-        if quantizes:
-            quantize(values, *here)
-        elif out.is_floating_point():
-            check_finite(*out.aminmax())
+        here = [
+            pinned.view(target.shape, target.dtype) if target.is_cuda else target
+            for pinned, target in zip(worker.pinned, targets)
+        ]
+        convert(block, here, worker)
+        for target, source in zip(targets, here):
+            if target.is_cuda:
+                target.copy_(source)  # and waits: the next block takes the same pinned memory
     except ValueError as error:
         files = " or ".join(piece.path.name for piece in block)
-        raise ValueError(f"{files} {error}") from None
-    for target, source in zip(targets, here):
-        if target.is_cuda:
-            target.copy_(source)  # and waits: the next block takes the same pinned memory
+        raise ValueError(f"{weight.name} in {files} {error}: the file is damaged") from None
+    finally:
+        idle.append(worker)
+
+
+def convert(block: tuple[Piece, ...], targets: list[Tensor], worker: Worker) -> None:
+    """Reads a block's values, or makes its codes and scales, in host memory."""
+    out, quantizes = targets[0], len(targets) == 2
+    if len(block) == 1 and block[0].dtype == out.dtype and block[0].contiguous:
+        block[0].read_into(out)
+    else:
+        values = worker.joined.view(out.shape, torch.float32) if quantizes else out
+        widths = [piece.shape[1] for piece in block]
+        for piece, part in zip(block, values.split(widths, 1) if len(block) > 1 else [values]):
+            read = piece.read(worker.read)
+            part.copy_(read.half() if quantizes and read.dtype != torch.half else read)
+    if quantizes:
+        quantize(values, *targets)
+    elif out.is_floating_point():
+        check_finite(*out.aminmax())

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llama import params as shards
 from llama.cli import run
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
+from llama.params import model_args, read_model
 from llama.room import GIB, free_bytes, need
 
 GROUPED = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "norm_eps": 1e-5}
@@ -32,7 +32,7 @@ def args_of(size: str, **limits: int) -> ModelArgs:
     """The arguments of Meta's model of this size; ValueError if there is none."""
     if size.upper() not in SIZES:
         raise ValueError(f"size is {size!r:.60}, expected one of {', '.join(SIZES)}")
-    return shards.model_args({"norm_eps": 1e-6} | SIZES[size.upper()], VOCABULARY, **limits)
+    return model_args({"norm_eps": 1e-6} | SIZES[size.upper()], VOCABULARY, **limits)
 
 
 def main(
@@ -55,7 +55,7 @@ def main(
     if ckpt_dir is None:
         args = args_of(size, **limits)
     else:
-        args, _ = shards.read_model(Path(os.path.expanduser(ckpt_dir)), tokenizer_path, **limits)
+        args, _ = read_model(Path(os.path.expanduser(ckpt_dir)), tokenizer_path, **limits)
     with torch.device("meta"):
         models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
     int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)

@@ -1,4 +1,4 @@
-"""temporary"""
+"""Reads what model a folder holds: `params.json` and the tokenizer, checked."""
 
 import json
 import warnings
@@ -7,15 +7,30 @@ from pathlib import Path
 
 from llama.model import ModelArgs
 from llama.settings import check_fields
+from llama.shards import one_line, some_of
 from llama.tokenizer import Tokenizer, read_bytes
-from llama.shards import INT8_FORMAT, LARGEST_PARAMS, one_line, some_of
+
+INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
+LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
+OTHER_FORMATS = {".safetensors": "safetensors, as Hugging Face has them", ".gguf": "a GGUF file"}
+RANGES = {
+    "dim": (int, 1, 2**17),
+    "n_layers": (int, 1, 1000),
+    "n_heads": (int, 1, 2**17),
+    "vocab_size": (int, -1, 2**24),
+    "multiple_of": (int, 1, 2**17),
+    "ffn_dim_multiplier": (float, 0.01, 100),
+    "norm_eps": (float, 1e-12, 0.1),
+    "rope_theta": (float, 100, 1e12),
+}
+LIMITS = {"max_batch_size": (int, 1, 2**20), "max_seq_len": (int, 1, 2**20)}
 
 
 def read_model(
     ckpt_dir: Path, tokenizer_path: str | Path | None, **limits: int
 ) -> tuple[ModelArgs, Tokenizer]:
-    """What model a folder holds, with max_seq_len and max_batch_size, and its tokenizer: where it
-    is not given the one in the folder or, as Meta has it, beside it. Errors as those of the two."""
+    """Limits are max_seq_len and max_batch_size. Without a path, the tokenizer is the one in the
+    folder or, as Meta has it, beside it. Errors as those of read_params, model_args, Tokenizer."""
     params = read_params(ckpt_dir)
     if tokenizer_path is None:
         near = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
@@ -25,22 +40,9 @@ def read_model(
 
 
 def read_params(ckpt_dir: Path) -> dict:
-    """What params.json says of the model; OSError or ValueError if it does not or cannot."""
-    if not ckpt_dir.is_dir():
-        found = "is a file" if ckpt_dir.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{ckpt_dir} {found}: pass the model folder, e.g. --ckpt_dir /w/13B"
-        )
+    """The keys of a model folder's params.json; OSError or ValueError if it has none to read."""
     if not list(ckpt_dir.glob("consolidated.*.pth")):
-        held = ", ".join(
-            sorted(f"{one_line(p.name)}{'/' * p.is_dir()}" for p in ckpt_dir.iterdir())[:8]
-        )
-        models = sorted(p.parent for p in ckpt_dir.glob("*/consolidated.*.pth"))
-        example = one_line(str(models[0])) if models else "/w/13B"
-        raise FileNotFoundError(
-            f"no consolidated.*.pth in {ckpt_dir} (it holds {held or 'nothing'}): "
-            f"pass the model folder, e.g. --ckpt_dir {example}"
-        )
+        raise FileNotFoundError(what_it_is(ckpt_dir))
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
@@ -56,7 +58,6 @@ def read_params(ckpt_dir: Path) -> dict:
     params = params.get("model", params) if isinstance(params, dict) else params
     if not isinstance(params, dict):
         raise ValueError(f"{path} holds no JSON object: download it again")
-
     version = params.pop("int8_format", INT8_FORMAT)
     if version != INT8_FORMAT:
         raise ValueError(
@@ -66,41 +67,52 @@ def read_params(ckpt_dir: Path) -> dict:
     return params
 
 
+def what_it_is(path: Path) -> str:
+    """A sentence about a path that is no folder with shards, and what to pass instead."""
+    models = sorted(shard.parent for shard in path.glob("*/consolidated.*.pth"))
+    instead = f"e.g. --ckpt_dir {one_line(str(models[0])) if models else '/w/13B'}"
+    entries = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    for entry in entries:
+        if entry.suffix in OTHER_FORMATS:
+            verb = "is" if entry == path else "holds"
+            return (
+                f"{path} {verb} {OTHER_FORMATS[entry.suffix]}: this program reads Meta's files "
+                f"(consolidated.00.pth and so on), pass a folder of those, {instead}"
+            )
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        return f"{path} {found}: pass the model folder, {instead}"
+    held = ", ".join(f"{one_line(entry.name)}{'/' * entry.is_dir()}" for entry in entries[:8])
+    return (
+        f"no consolidated.*.pth in {path} (it holds {held or 'nothing'}): pass the model folder, "
+        f"{instead}"
+    )
+
+
 def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
-    """`params` completed and checked; ValueError says what is missing or cannot be, a warning what
-    is not known."""
-    known = {field.name for field in fields(ModelArgs)} - {"max_batch_size", "max_seq_len"}
+    """ValueError for what is missing or no LLaMA can have, a warning for keys it does not know."""
+    known = {field.name for field in fields(ModelArgs)} - LIMITS.keys()
     if unknown := sorted(set(params) - known):
         warnings.warn(f"params.json: unknown keys are ignored: {some_of(unknown)}", stacklevel=4)
-    params = {key: value for key, value in params.items() if key in known}
-    if params.get("vocab_size", -1) == -1:
-        params = {**params, "vocab_size": vocab_size}
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
+    args = ModelArgs(**{key: value for key, value in params.items() if key in known})
     try:
-        args = ModelArgs(**params)
-        check_fields(
-            args,
-            dim=(int, 1, 2**17),
-            n_layers=(int, 1, 1000),
-            n_heads=(int, 1, 2**17),
-            vocab_size=(int, -1, 2**24),
-            multiple_of=(int, 1, 2**17),
-            ffn_dim_multiplier=(float, 0.01, 100),
-            norm_eps=(float, 1e-12, 0.1),
-            rope_theta=(float, 100, 1e12),
-        )
+        check_fields(args, **RANGES)
         check_fields(args, n_kv_heads=(int, 1, args.n_heads))
         if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
-            raise ValueError("heads of one even width")
+            raise ValueError(
+                f"dim is {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads}: expected "
+                "heads of one even width, and n_kv_heads to divide n_heads"
+            )
     except ValueError as error:
         raise ValueError(f"params.json: {error}; download it again") from None
-    args = replace(args, **limits)
-    check_fields(args, max_batch_size=(int, 1, 2**20), max_seq_len=(int, 1, 2**20))
-    if args.vocab_size != vocab_size:
+    if args.vocab_size not in (-1, vocab_size):
         raise ValueError(
             f"the tokenizer has {vocab_size} pieces, params.json asks for {args.vocab_size}: "
             "pass the tokenizer.model that came with these weights"
         )
+    args = replace(args, vocab_size=vocab_size, **limits)
+    check_fields(args, **LIMITS)
     return args

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from llama import checkpoint
-from llama import params as shards
 from llama.cli import run
+from llama.params import read_model
 
 
 def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
@@ -22,7 +22,7 @@ def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
     """
     folder, out = (Path(os.path.expanduser(path)) for path in (ckpt_dir, out_dir))
-    checkpoint.save_int8(folder, *shards.read_model(folder, tokenizer_path), out)
+    checkpoint.save_int8(folder, *read_model(folder, tokenizer_path), out)
     print(f"Wrote {out}", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import sys
 import time
 import zipfile
@@ -159,6 +160,10 @@ def renamed(old, new):
     return lambda folder: [(folder / old).rename(folder / new)]
 
 
+def renamed_all(name):
+    return lambda f: [p.rename(f / name.format(i)) for i, p in enumerate(f.glob("*.pth"))]
+
+
 def linked(file, target):
     def spoil(folder):
         (folder / file).unlink()
@@ -181,6 +186,13 @@ def pipe_for(file):
         os.mkfifo(folder / file)
 
     return spoil
+
+
+def directory_of_gigabytes(folder):
+    """At least by the zip file's end, and zeros."""
+    sparse(SHARD, 2**32)(folder)
+    with (folder / SHARD).open("ab") as file:
+        file.write(b"PK\5\6" + bytes(8) + (2**31).to_bytes(4, "little") + bytes(6))
 
 
 def copied(old, new):
@@ -213,8 +225,9 @@ def without(*names):
 PAGE = "<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476939516\n"
 DAMAGED = rf"{SHARD} \([\d,]+ bytes\) is truncated or not a checkpoint"
-RUNS = rf"{SHARD} holds more than tensors, which loading could run as code: it was refused"
+RUNS = rf"{SHARD} holds more than a flat dict of tensors \(.+\), none of it was run: pass Meta"
 MOVED = DAMAGED + r" \(its record \S+ is not as torch.save writes it\)"
+FOLDER = DAMAGED + r" \(its records are not one folder of files of different names\)"
 UNLIKE = rf"{SHARD} and params.json do not belong together"
 NOT_JSON = r"params.json is not JSON \(.*\): download it again"
 NOT_FINITE = "holds values that are not finite in fp16"
@@ -286,7 +299,6 @@ SHARDS = {
         renamed(SHARD, "consolidated.1.pth"),
         "holds consolidated.00.pth, consol|holds consolidated.1.pth, exp",
     ),
-    "shard twice": (copied("consolidated.00.pth", SHARD), "two shards hold the same layers.0"),
     "shard more": (copied(SHARD, "consolidated.02.pth"), "3 shards do not divide tok_embeddings"),
     "shard more by number": (copied(SHARD, "consolidated.05.pth"), "but not consolidated.02.pth"),
     "shard less": (lambda f: (f / SHARD).unlink(), r"it is one of 2 shards\): take all files"),
@@ -325,7 +337,7 @@ SHARDS = {
     "shard as text": (edit(SHARD, lambda c: c.replace(b"\n", b"\r\n")), DAMAGED),
     "shard with a record twice": (
         rewrite(more=[("consolidated.01/data/0", b"")]),
-        DAMAGED + r" \(it has two records of one name\)",
+        FOLDER,
     ),
     "shard without tensors' bytes": (
         edit(SHARD, lambda c: c.replace(b"/data/1", b"/data/a")),
@@ -335,8 +347,8 @@ SHARDS = {
         rewrite(lambda name, old: b"big" if name.endswith("byteorder") else old),
         DAMAGED + r" \(its numbers are of another byte order\)",
     ),
-    "list of tensors changed": (edit(SHARD, lambda c: c.replace(b".wq.", b".wk.", 1)), "Bad CRC"),
-    "list of tensors of a gigabyte": (pickled(bytes(2**21)), "is too long"),
+    "list of tensors changed": (edit(SHARD, lambda c: c.replace(b".wq.", b".wk.", 1)), "bad CRC"),
+    "list of tensors of a gigabyte": (pickled(bytes(2**21)), "are too long a list"),
     "list of tensors absent": (
         rewrite(lambda name, old: old, names=lambda name: name.replace("data.pkl", "x.pkl")),
         DAMAGED,
@@ -365,15 +377,20 @@ SHARDS = {
     ),
     "two lists of tensors": (
         rewrite(more=[("shard/zz/data.pkl", b"\x80\2}.")]),
-        r"it has two records data.pkl",
+        FOLDER,
     ),
-    "a directory of a million records": (
-        lambda folder: put(SHARD, b"PK\5\6" + bytes(8) + b"\0\0\0\6" + bytes(6))(folder),
-        "its list of records is too long",
+    "a directory of 2 GB": (directory_of_gigabytes, DAMAGED),
+    "memory: counts that double": (
+        pickled(b"\x80\2)q\0" + b"h\0h\0\x86q\0" * 140_000 + b"."),
+        DAMAGED,
+    ),
+    "a shape of 1,000 dimensions": (
+        tensor("norm.weight", lambda x: torch.empty([1] * 1000)),
+        "of 1000 dimensions",
     ),
     "a tensor spread over a thousand times its size": (
         tensor("tok_embeddings.weight", lambda x: torch.empty_strided(x.shape, (1000, 1))),
-        "holds no flat dict of tensors",
+        "or spread over far more than itself",
     ),
     "memory: quantized tensor": (
         pickled(calls(torch._utils._rebuild_qtensor, None, 0, (2**40,), (1,), (), False, None)),
@@ -387,16 +404,16 @@ SHARDS = {
         pickled(TERABYTES),
         DAMAGED,
     ),
-    "a list": (tensors(lambda found: list(found.values())), "holds no flat dict of tensors"),
-    "a tensor": (tensors(lambda found: found["norm.weight"]), "holds no flat dict of tensors"),
+    "a list": (tensors(lambda found: list(found.values())), RUNS),
+    "a tensor": (tensors(lambda found: found["norm.weight"]), RUNS),
     "a number for a tensor": (
         tensors(lambda found: found | {"norm.weight": 3}),
-        "holds no flat dict of tensors",
+        RUNS,
     ),
-    "a dict in a dict": (tensors(lambda found: {"model": found}), "holds no flat dict of tensors"),
+    "a dict in a dict": (tensors(lambda found: {"model": found}), RUNS),
     "names that are numbers": (
         tensors(lambda found: dict(enumerate(found.values()))),
-        "holds no flat dict of tensors",
+        RUNS,
     ),
     "no tensors": (tensors(lambda found: OrderedDict()), UNLIKE),
     "a tensor absent": (tensors(without(f"{WQ}.weight")), f"missing {WQ}.weight, left over"),
@@ -411,8 +428,8 @@ SHARDS = {
     "float64": (tensor(f"{WQ}.weight", torch.Tensor.double), f"is torch.float64, {KIND}"),
     "int8 without scales": (tensor(f"{WQ}.weight", torch.Tensor.char), f"is torch.int8, {KIND}"),
     "bool": (tensor("norm.weight", torch.Tensor.bool), f"norm.weight in {SHARD} is torch.bool"),
-    "complex": (tensor("norm.weight", lambda x: x.to(torch.complex64)), "is torch.complex64"),
-    "float8": (tensor("norm.weight", lambda x: x.to(torch.float8_e5m2)), "refused|is torch.float8"),
+    "complex": (tensor("norm.weight", lambda x: x.to(torch.complex64)), RUNS),
+    "float8": (tensor("norm.weight", lambda x: x.to(torch.float8_e5m2)), RUNS),
     "transposed": (tensor(f"{W2}.weight", lambda x: x.T), rf"{W2}.weight in {SHARD} is \("),
     "a row less": (tensor(f"{WQ}.weight", lambda x: x[:-1].clone()), r"is \(31, 64\), but by"),
     "no rows": (tensor(f"{WQ}.weight", lambda x: x[:0].clone()), r"is \(0, 64\), but by"),
@@ -439,9 +456,18 @@ SHARDS = {
         tensor(f"{W2}.weight", lambda x: x.float() * 1e6),
         rf"{W2}.weight in consolidated.00.pth or {SHARD} {NOT_FINITE}",
     ),
-    "norm of another model": (
-        tensor("norm.weight", lambda x: x * 2),
-        "norm.weight is not the same in all shards",
+    "safetensors": (
+        renamed_all("model-{}.safetensors"),
+        r"tiny holds safetensors, .*: this program reads Meta's files \(consolidated.00.pth and",
+    ),
+    "safetensors beside Meta's": (
+        lambda f: [shutil.copytree(f, f / "original"), renamed_all("model-{}.safetensors")(f)],
+        "holds safetensors, .* e.g. --ckpt_dir .*tiny/original$",
+    ),
+    "GGUF": (renamed_all("model-{}.gguf"), "tiny holds a GGUF file: this program reads Meta's"),
+    "a GGUF file for a folder": (
+        lambda f: renamed(SHARD, "x.gguf")(f) and f / "x.gguf",
+        "x.gguf is a GGUF file: this program reads Meta's files .* e.g. --ckpt_dir /w/13B$",
     ),
     "tokenizer absent": (
         lambda f: (f / "tokenizer.model").unlink(),

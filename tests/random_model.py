@@ -21,7 +21,7 @@ from sentencepiece import SentencePieceTrainer
 
 from llama.benchmark import NORM, OUTLIER, OUTLIERS
 from llama.memory import SIZES, VOCABULARY
-from llama.shards import INT8_FORMAT
+from llama.params import INT8_FORMAT
 
 SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
 

@@ -1,15 +1,12 @@
-"""Do the files become the right model, whatever the number of shards, and is every wrong folder
-refused in one sentence?"""
+"""Do the files become the right model, whatever the number of shards?"""
 
 import json
-import shutil
 import warnings
 
 import oracle
 import pytest
 import torch
-from checkpoints import random_weights, tiny_params, write_checkpoint
-from conftest import vocab_size
+from checkpoints import tiny_params, write_checkpoint
 
 from llama import LLaMA, ModelArgs, Transformer, checkpoint, room
 
@@ -84,8 +81,9 @@ def test_progress_and_summary_go_to_stderr(make_folder, capfd):
     logits(folder)
     out, err = capfd.readouterr()
     assert out == ""
+    assert max(map(len, err.splitlines()[1:])) <= 80
     assert "Loading tiny: 100%" in err and "GiB" in err and "layer 2/2" in err and "left" in err
-    assert "Loaded tiny in" in err and "MiB on cpu" in err and "host memory peaked" in err
+    assert "Loaded tiny in" in err and "MiB on cpu" in err and "host memory peak +" in err
 
 
 PUBLISHED = {  # FACTS: bytes a shard, shards
@@ -153,190 +151,6 @@ def test_no_warning_for_a_good_folder(make_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logits(make_folder()[0])
-
-
-# Each spoils a good folder of two shards; the message must say what was found and what to do.
-def parent(folder):
-    return folder.parent
-
-
-def no_shards(folder):
-    for path in folder.glob("*.pth"):
-        path.unlink()
-
-
-def no_params(folder):
-    (folder / "params.json").unlink()
-
-
-def params_are_html(folder):
-    (folder / "params.json").write_text("<html>403 Forbidden</html>")
-
-
-def params_of_another_model(folder):
-    (folder / "params.json").write_text(json.dumps(tiny_params(dim=128)))
-
-
-def params_with_text(folder):
-    (folder / "params.json").write_text(json.dumps(tiny_params(n_heads="4")))
-
-
-def params_without_dim(folder):
-    params = tiny_params()
-    del params["dim"]
-    (folder / "params.json").write_text(json.dumps(params))
-
-
-def heads_that_do_not_divide(folder):
-    (folder / "params.json").write_text(json.dumps(tiny_params(n_heads=3)))
-
-
-def first_shard_missing(folder):
-    (folder / "consolidated.00.pth").unlink()
-
-
-def second_shard_missing(folder):
-    (folder / "consolidated.01.pth").unlink()
-
-
-def shard_of_another_model_of_this_size(folder):
-    weights = random_weights(tiny_params(), seed=1, vocab_size=vocab_size())
-    write_checkpoint(folder.parent / "other", tiny_params(), weights, 2)
-    shutil.copy(folder.parent / "other" / "consolidated.01.pth", folder)
-
-
-def truncated_shard(folder):
-    path = folder / "consolidated.01.pth"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def web_page(folder):
-    (folder / "consolidated.01.pth").write_text("<!DOCTYPE html><html>403</html>")
-
-
-def git_lfs_pointer(folder):
-    (folder / "consolidated.01.pth").write_text("version https://git-lfs.github.com/spec/v1\noid")
-
-
-def copy_of_a_shard(folder):
-    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
-
-
-def strange_name(folder):
-    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.00 (1).pth")
-
-
-def folder_for_a_shard(folder):
-    (folder / "consolidated.01.pth").unlink()
-    (folder / "consolidated.01.pth").mkdir()
-
-
-def absurd_size(folder):
-    (folder / "params.json").write_text(json.dumps(tiny_params(n_layers=10**6)))
-
-
-def empty_shard(folder):
-    (folder / "consolidated.01.pth").write_bytes(b"")
-
-
-def shard_of_another_model(folder):
-    params = tiny_params(dim=128)
-    weights = random_weights(params, vocab_size=vocab_size())
-    write_checkpoint(folder.parent / "other", params, weights, 2)
-    shutil.copy(folder.parent / "other" / "consolidated.01.pth", folder)
-
-
-def shard_with_fewer_layers(folder):
-    params = tiny_params(n_layers=1)
-    weights = random_weights(params, vocab_size=vocab_size())
-    write_checkpoint(folder.parent / "other", params, weights, 2)
-    shutil.copy(folder.parent / "other" / "consolidated.01.pth", folder)
-
-
-def int_weights(folder):
-    path = folder / "consolidated.01.pth"
-    shard = torch.load(path)
-    shard["layers.0.attention.wq.weight"] = shard["layers.0.attention.wq.weight"].char()
-    torch.save(shard, path)
-
-
-def not_a_dict(folder):
-    torch.save([torch.zeros(3)], folder / "consolidated.01.pth")
-
-
-def nan_weight(folder):
-    path = folder / "consolidated.01.pth"
-    shard = torch.load(path)
-    shard["layers.1.feed_forward.w2.weight"][3, 3] = torch.nan
-    torch.save(shard, path)
-
-
-def no_tokenizer(folder):
-    (folder / "tokenizer.model").unlink()
-
-
-def tokenizer_of_another_size(folder):
-    params = tiny_params()
-    weights = random_weights(params, vocab_size=vocab_size() + 16)
-    write_checkpoint(folder, params, weights, 2)
-
-
-def tokenizer_unlike_params(folder):
-    (folder / "params.json").write_text(json.dumps(tiny_params(vocab_size=32016)))
-
-
-FAULTS = {
-    parent: r"no consolidated.\*.pth in .* \(it holds tiny/\): pass the model folder, "
-    r"e.g. --ckpt_dir .*/tiny",
-    no_shards: r"no consolidated.\*.pth in .* \(it holds params.json, tokenizer.model\)",
-    no_params: "no params.json in",
-    params_are_html: "params.json is not JSON",
-    params_of_another_model: r"by params.json 2 shards ask for .*take all files from one model",
-    params_with_text: "n_heads is '4', expected a whole number",
-    params_without_dim: "params.json lacks dim",
-    heads_that_do_not_divide: "dim is 64, n_heads 3, .* expected heads of one even width",
-    first_shard_missing: "holds consolidated.01.pth but not consolidated.00.pth",
-    second_shard_missing: r"1 shard asks for .* \(it is one of 2 shards\)",
-    shard_of_another_model_of_this_size: "attention_norm.weight is not the same in all shards",
-    truncated_shard: r"consolidated.01.pth \([\d,]+ bytes\) is truncated or not a checkpoint",
-    web_page: "consolidated.01.pth is a web page, not a checkpoint",
-    git_lfs_pointer: "consolidated.01.pth is a git-lfs pointer",
-    copy_of_a_shard: "two shards hold the same .*wq.weight",
-    strange_name: r"holds consolidated.00 \(1\).pth, expected",
-    folder_for_a_shard: "consolidated.01.pth is not a file",
-    absurd_size: "n_layers is 1000000, expected a whole number, from 1 to 1000",
-    empty_shard: r"consolidated.01.pth \(0 bytes\) is truncated or not a checkpoint",
-    shard_of_another_model: r"in consolidated.01.pth is .* but by params.json 2 shards ask for",
-    shard_with_fewer_layers: r"consolidated.01.pth and params.json do not belong together: missing "
-    r"layers.1.\S+, \S+, \S+ and 6 more, left over nothing",
-    int_weights: "consolidated.01.pth is torch.int8, expected torch.float16",
-    not_a_dict: "holds no flat dict of tensors",
-    nan_weight: "feed_forward.w2.weight in consolidated.00.pth or consolidated.01.pth holds values",
-    no_tokenizer: "tokenizer .*tokenizer.model does not exist",
-    tokenizer_of_another_size: r"the weights have \d+ tokens, the tokenizer \d+",
-    tokenizer_unlike_params: r"the tokenizer has \d+ pieces, params.json asks for 32016",
-}
-
-
-@pytest.mark.parametrize("spoil", FAULTS, ids=lambda f: f.__name__)
-def test_faults_are_one_sentence(make_folder, spoil):
-    folder = make_folder(2)[0]
-    folder = spoil(folder) or folder
-    with pytest.raises((ValueError, OSError), match=FAULTS[spoil]) as caught:
-        LLaMA.build(folder, device="cpu")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_pickle_that_runs_code_is_not_run(make_folder, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return open, (str(tmp_path / "owned"), "w")
-
-    folder = make_folder(1)[0]
-    torch.save({"tok_embeddings.weight": Evil()}, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="holds more than tensors, which loading could run"):
-        LLaMA.build(folder, device="cpu")
-    assert not (tmp_path / "owned").exists()
 
 
 def test_a_model_that_does_not_fit_is_refused_before_loading(make_folder, monkeypatch):

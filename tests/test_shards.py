@@ -1,0 +1,150 @@
+"""Are the tensors that the one reader of shards finds those that torch loads, and is what torch
+itself takes for something else read right or refused?"""
+
+import io
+import struct
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from llama.shards import Buffer, open_shard
+
+
+def read(path):
+    return {name: piece.read(Buffer()).clone() for name, piece in open_shard(path).items()}
+
+
+def assert_equal(found, expected):
+    assert list(found) == list(expected)
+    for name, x in expected.items():
+        assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape), name
+        assert torch.equal(found[name], x.detach()), name
+
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.randint(0, 100, shape).to(dtype)
+
+
+def some_views():
+    """Of one storage, cut and turned at random."""
+    of, views = numbers(6, 8, 10), {}
+    for i in range(200):
+        x = of.permute(*torch.randperm(3).tolist())
+        for dim in range(3):
+            first = int(torch.randint(0, x.shape[dim], ()))
+            x = x.narrow(dim, first, int(torch.randint(0, x.shape[dim] - first + 1, ())))
+        x = x[0] if i % 3 == 0 and len(x) else x
+        spread = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
+        if not x.numel() or spread <= 4 * x.numel():
+            views[str(i)] = x
+    assert len(views) > 100
+    return views
+
+
+GOOD = {
+    "types": lambda: {
+        str(dtype): numbers(3, 4, dtype=dtype)
+        for dtype in (torch.half, torch.bfloat16, torch.float, torch.double, torch.int8)
+        + (torch.uint8, torch.bool, torch.int, torch.long)
+    },
+    "shapes": lambda: {str(shape): numbers(*shape) for shape in [(), (0,), (3, 0), (1, 1), (7,)]},
+    "views": some_views,
+    "expanded": lambda: {"x": numbers(1, 3).expand(4, 3), "y": numbers(1, 3)[:, :0]},
+    "a state_dict": lambda: torch.nn.Sequential(torch.nn.Linear(3, 4)).state_dict(),
+    "parameters": lambda: OrderedDict(torch.nn.Linear(3, 4).named_parameters()),
+    "nothing": dict,
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_it_reads_what_torch_loads(kind, tmp_path):
+    torch.manual_seed(0)
+    torch.save(GOOD[kind](), tmp_path / "x.pth")
+    assert_equal(read(tmp_path / "x.pth"), torch.load(tmp_path / "x.pth", weights_only=True))
+
+
+def test_rows_are_those_of_the_tensor(tmp_path):
+    x = numbers(10, 6)
+    torch.save({"x": x, "turned": numbers(6, 10).T}, tmp_path / "x.pth")
+    for name, tensor in torch.load(tmp_path / "x.pth").items():
+        parts = [
+            part.read(Buffer()).clone() for part in open_shard(tmp_path / "x.pth")[name].split(4)
+        ]
+        assert [len(part) for part in parts] == [4, 4, 2] and torch.equal(torch.cat(parts), tensor)
+
+
+def zipped(records):
+    """A zip file of records, the name's place for NUL marked with %."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in records:
+            archive.writestr(name, content)
+    return file.getvalue().replace(b"%", b"\0")
+
+
+def with_record(name, content, first=False):
+    def forge(records):
+        more = [(name, content)]
+        return zipped([*more, *records] if first else [*records, *more])
+
+    return forge
+
+
+def second_directory(records):
+    """Beside the one that is read another, in a record, whose data/0 and data/1 are each other. A
+    zip64 locator, in the comment of the last record, leads there."""
+    good = zipped(records)
+    size, start = struct.unpack("<II", good[-10:-2])
+    other = good[start : start + size].replace(b"data/0", b"data/!")
+    other = other.replace(b"data/1", b"data/0").replace(b"data/!", b"data/1")
+    at = start + 30 + len("x/more")
+    zip64 = struct.pack("<4sQHHII4Q", b"PK\6\6", 44, 45, 45, 0, 0, *[len(records)] * 2, size, at)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, at + size, 1)
+    forged = zipped([*records, ("x/more", other + zip64)])
+    entry = forged.rindex(b"PK\1\2")
+    entry = forged[entry : entry + 32] + struct.pack("<H", 20) + forged[entry + 34 : -22] + locator
+    size, start = struct.unpack("<II", forged[-10:-2])
+    end = forged[-22:-10] + struct.pack("<IIH", size + 20, start, 0)
+    return forged[: forged.rindex(b"PK\1\2")] + entry + end
+
+
+# What was forged, and whether the tensors are read, since no other ones can be meant.
+FORGED = {
+    "an unused record before": (with_record("x/data/9", bytes(24), first=True), True),
+    "an unused record behind": (with_record("x/data/9", bytes(24)), True),
+    "byteorder in capitals": (with_record("x/BYTEORDER", b"big"), False),
+    "byteorder in another folder": (with_record("y/byteorder", b"big"), False),
+    "a second list in capitals": (with_record("x/DATA.PKL", b"\x80\2}."), False),
+    "a second list behind NUL": (with_record("x/data.pkl%y", b"\x80\2}."), True),
+    "a second storage": (with_record("x/data/0", bytes(24)), False),
+    "a second directory": (second_directory, None),  # newer Pythons refuse it
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", FORGED)
+def test_forged(name, tmp_path):
+    forge, is_read = FORGED[name]
+    names = "a" if "record" in name else "ab"
+    tensors = {name: numbers(2, 3) for name in names}
+    torch.save(tensors, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        records = [(n, archive.read(n)) for n in archive.namelist() if n != "x/byteorder"]
+    (tmp_path / "x.pth").write_bytes(forge(records))
+    try:
+        found = read(tmp_path / "x.pth")
+    except ValueError as error:
+        assert not is_read and "is truncated or not a checkpoint" in str(error)
+    else:
+        assert is_read is not False
+        assert_equal(found, tensors)
+
+
+@pytest.mark.parametrize("bits", ["negative", "conjugate"])
+def test_views_whose_numbers_are_others_are_refused(bits, tmp_path):
+    x = numbers(3, dtype=torch.cfloat).conj()
+    torch.save({"x": x.imag if bits == "negative" else x}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="holds more than a flat dict of tensors"):
+        read(tmp_path / "x.pth")
