@@ -23,8 +23,9 @@ def read_prompts(path: str) -> list[str]:
     """The prompts of a file, one a line. A .jsonl file has them as JSON, and so has standard input
     whose first line is that."""
     lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    source = "standard input" if path == "-" else path
     if not lines:
-        raise ValueError(f"{path} holds no prompt: pass a file with a prompt a line")
+        raise ValueError(f"{source} holds no prompt: pass a file with a prompt a line")
     if not path.endswith(".jsonl") and (path != "-" or json_prompt(lines[0][1]) is None):
         return [line for _, line in lines]
     prompts = []
@@ -32,7 +33,7 @@ def read_prompts(path: str) -> list[str]:
         prompts.append(json_prompt(line))
         if prompts[-1] is None:
             expected = 'expected a JSON string or {"prompt": "..."}'
-            raise ValueError(f"{path}, line {n} is {line!r:.60}, {expected}")
+            raise ValueError(f"{source}, line {n} is {line!r:.60}, {expected}")
     return prompts
 
 

@@ -65,12 +65,13 @@ def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[
         name = written.lstrip("-").replace("-", "_")
         starting = [flag for flag in flags if flag[0] == name]  # one letter is enough if unique
         name = starting[0] if len(starting) == 1 else name
+        off = name.removeprefix("no").lstrip("_")  # --nojson, --no-json
         if not word.startswith("-") and missing:  # a required flag needs no name
             name, equals, value = missing[0], "=", word
         elif not word.startswith("-") or not name:
             raise ValueError(f"{word!r:.60} belongs to no flag: write --NAME=VALUE, see --help")
-        elif not equals and name.startswith("no") and name[2:] in flags:
-            name, equals, value = name[2:], "=", "False"
+        elif not equals and off != name and off in flags and flags[off].annotation is bool:
+            name, equals, value = off, "=", "False"
         elif name not in flags:
             near = difflib.get_close_matches(name, flags, n=1)
             near = [flag for flag in flags if flag == OTHER_NAMES.get(name)] or near

@@ -102,7 +102,7 @@ def test_json_has_what_was_generated(run, demo):
         (["--prompt=a", "--prompt", "b"], "--prompt is given twice: give it once"),
         (["--prompt=-", "--prompt_file=-"], "- is all of standard input, which can be read once"),
         (["--prompt=-", "--interactive"], "- is all of standard input"),
-        (["--prompt_file=-"], "- holds no prompt: pass a file with a prompt a line"),
+        (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt a line"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -120,10 +120,10 @@ def test_mistakes(run, words, message):
 )
 def test_mistakes_in_json_lines(run, tmp_path, line, found):
     (tmp_path / "p.jsonl").write_text(f'"fine"\n{line}\n')
-    for file in (tmp_path / "p.jsonl", "-"):  # standard input, whose first line is JSON
+    for file, source in ((tmp_path / "p.jsonl", tmp_path / "p.jsonl"), ("-", "standard input")):
         stdin = (tmp_path / "p.jsonl").read_bytes()
         status, out, err = run("--prompt_file", file, stdin=stdin)
-        assert (status, out) == (1, "") and f"{file}, line 2 is {found}" in err
+        assert (status, out) == (1, "") and f"{source}, line 2 is {found}" in err
 
 
 def test_every_way_to_write_a_flag():
@@ -135,6 +135,7 @@ def test_every_way_to_write_a_flag():
     assert arguments(plain, flags) == plain
     assert arguments(["o", "--json", "--n", "-3", "--name", "-"], flags) == plain
     assert arguments(["-o", "o", "-json", "True", "--n=-3", "--name=-"], flags) == plain
+    assert arguments(["o", "--no-json"], flags) == arguments(["o", "--nojson"], flags)
     assert arguments(["o", "--nojson"], flags) == ["--out=o", "--json=False"]
     with pytest.raises(ValueError, match="--out is missing: write --out=VALUE"):
         arguments(["--json"], flags)
