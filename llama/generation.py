@@ -8,11 +8,12 @@ calls may be abandoned or interleaved. Threads may share a model: they take turn
 
 import os
 import re
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -76,10 +77,11 @@ class LLaMA:
         args, tokenizer = read_model(folder, tokenizer_path, **limits)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = pick_engine(target, args.head_dim)
+        before = sys.exc_info()[1]
         try:
             model = checkpoint.load(folder, args, target, use_int8)
         except BaseException as error:
-            forget(error)
+            forget(error, before)
             torch.cuda.empty_cache()  # does nothing where CUDA was not started
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -293,11 +295,12 @@ class LLaMA:
         device = self._device
         on_device = torch.accelerator.device_index(device.index)  # does nothing on the CPU
         exact = torch.autocast(device.type, enabled=False)
+        before = sys.exc_info()[1]
         with self._lock, on_device, exact, torch.inference_mode():
             try:
                 yield
             except BaseException as error:
-                forget(error)
+                forget(error, before)
                 raise
 
     def check_room(self, sequences: int, length: int) -> None:
@@ -318,15 +321,17 @@ class LLaMA:
 
 
 def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
-    for [row] in steps:
-        if piece := row.read():
-            yield piece
+    with closing(steps):
+        for [row] in steps:
+            if piece := row.read():
+                yield piece
 
 
-def forget(error: BaseException | None) -> None:
-    """Drops the variables of the frames in which an error, and those before it, came about: IPython
-    keeps the last exception, and they would keep the weights or the KV cache in memory."""
-    while error:
+def forget(error: BaseException | None, before: BaseException | None) -> None:
+    """Clears the variables of the frames that an error came through: IPython keeps the last
+    exception, and they would keep the weights or the KV cache in memory. What was already being
+    handled `before` stays as it is."""
+    while error and error is not before:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.buffers import DecodeBuffers, PrefillBuffers
 from llama.int8 import Int8Linear
-from llama.model import KVCache, ModelArgs, Transformer, rotation_table
+from llama.model import KVCache, ModelArgs, Transformer
 
 GIB = 2**30
 META = torch.device("meta")
@@ -53,7 +53,8 @@ def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Nee
 
 def weight_sizes(model: Transformer, dtype: torch.dtype) -> list[int]:
     """Bytes of each tensor that the loader makes, dtype being that of weights that are not int8."""
-    sizes = [rotation_table(model.args, META).nbytes]
+    args = model.args
+    sizes = [args.max_seq_len * args.head_dim * torch.float32.itemsize]  # the rotation table
     sizes += [
         parameter.numel() * dtype.itemsize
         for module in model.modules()

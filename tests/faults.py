@@ -335,10 +335,7 @@ SHARDS = {
     ),
     "shard with something before it": (edit(SHARD, lambda c: b"\r\n" + c), DAMAGED),
     "shard as text": (edit(SHARD, lambda c: c.replace(b"\n", b"\r\n")), DAMAGED),
-    "shard with a record twice": (
-        rewrite(more=[("consolidated.01/data/0", b"")]),
-        FOLDER,
-    ),
+    "shard with a record twice": (rewrite(more=[("consolidated.01/data/0", b"")]), FOLDER),
     "shard without tensors' bytes": (
         edit(SHARD, lambda c: c.replace(b"/data/1", b"/data/a")),
         DAMAGED,
@@ -361,10 +358,7 @@ SHARDS = {
     "code: exec": (pickled(calls(exec, f"open({CANARY!r}, 'w')")), RUNS),
     "code: torch.load": (pickled(calls(torch.load, "consolidated.00.pth")), RUNS),
     "code: protocol 0": (pickled(f"cposix\nsystem\n(S'touch {CANARY}'\ntR.".encode()), RUNS),
-    "code: protocol 4": (
-        pickled(b"\x80\4\x8c\5posix\x8c\6system\x93\x8c\x04true\x85R."),
-        RUNS,
-    ),
+    "code: protocol 4": (pickled(b"\x80\4\x8c\5posix\x8c\6system\x93\x8c\x04true\x85R."), RUNS),
     "code: INST": (pickled(f"(S'touch {CANARY}'\niposix\nsystem\n.".encode()), RUNS),
     "memory: bytearray": (pickled(calls(bytearray, 2**31)), RUNS),
     "memory: key of nested tuples": (pickled(b"\x80\2})" + b"\x85" * 900_000 + b"Ns."), RUNS),
@@ -375,10 +369,7 @@ SHARDS = {
         ),
         RUNS,
     ),
-    "two lists of tensors": (
-        rewrite(more=[("shard/zz/data.pkl", b"\x80\2}.")]),
-        FOLDER,
-    ),
+    "two lists of tensors": (rewrite(more=[("shard/zz/data.pkl", b"\x80\2}.")]), FOLDER),
     "a directory of 2 GB": (directory_of_gigabytes, DAMAGED),
     "memory: counts that double": (
         pickled(b"\x80\2)q\0" + b"h\0h\0\x86q\0" * 140_000 + b"."),
@@ -400,21 +391,12 @@ SHARDS = {
         tensors(lambda found: {k: x.to_sparse() for k, x in found.items()}),
         RUNS,
     ),
-    "more than its storage": (
-        pickled(TERABYTES),
-        DAMAGED,
-    ),
+    "more than its storage": (pickled(TERABYTES), DAMAGED),
     "a list": (tensors(lambda found: list(found.values())), RUNS),
     "a tensor": (tensors(lambda found: found["norm.weight"]), RUNS),
-    "a number for a tensor": (
-        tensors(lambda found: found | {"norm.weight": 3}),
-        RUNS,
-    ),
+    "a number for a tensor": (tensors(lambda found: found | {"norm.weight": 3}), RUNS),
     "a dict in a dict": (tensors(lambda found: {"model": found}), RUNS),
-    "names that are numbers": (
-        tensors(lambda found: dict(enumerate(found.values()))),
-        RUNS,
-    ),
+    "names that are numbers": (tensors(lambda found: dict(enumerate(found.values()))), RUNS),
     "no tensors": (tensors(lambda found: OrderedDict()), UNLIKE),
     "a tensor absent": (tensors(without(f"{WQ}.weight")), f"missing {WQ}.weight, left over"),
     "a tensor left over": (

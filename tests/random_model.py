@@ -51,6 +51,7 @@ def main(size: str, folder: Path, int8: bool = False) -> None:
         write_int8(params, folder)
     else:
         write_shards(params, SHARDS[size], folder)
+    torch.serialization.set_crc32_options(True)
     write_tokenizer(folder / "tokenizer.model")
     (folder / "params.json").write_text(json.dumps(params))
 

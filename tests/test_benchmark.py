@@ -73,7 +73,7 @@ def test_it_needs_a_gpu(run, monkeypatch):
     "arguments, message",
     [
         (["--size=5B"], "size is '5B', expected one of 7B, 13B, 30B, 34B, 65B, 70B"),
-        (["--engines=fp8"], "engines has 'fp8', expected some of int8, int8 bnb, fp16"),
+        (["--engines=fp8"], "engines has 'fp8', expected some of int8, int8_bnb, fp16"),
         (["--lengths=5000"], "lengths is 5000, expected a whole number, from 1 to 2016"),
         (["--batches=x"], "batches is 'x', expected a whole number"),
     ],

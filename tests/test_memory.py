@@ -27,7 +27,7 @@ def test_published_sizes(size, weights, with_sequence):
 
 
 def test_cache_bytes_are_those_of_the_cache(demo):
-    cache = KVCache(demo.model.args, 3, 50, demo.model.tok_embeddings.weight)
+    cache = KVCache(demo.model.args, 3, 50, torch.float32, "cpu")
     counted = room.cache_bytes(demo.model.args, 3, 50, torch.float32)
     assert counted == cache.k.nbytes + cache.v.nbytes
 

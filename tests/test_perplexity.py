@@ -87,10 +87,7 @@ def test_picture(tmp_path, monkeypatch):
         (["--text=-"], "- holds no text: pass another file"),
         (["--text", TEXT, "--window=1"], "window is 1, expected a whole number, from 2"),
         (["--text", TEXT, "--windows=0"], "windows is 0, expected a whole number, from 1"),
-        (
-            ["--text", TEXT, "--picture=/nowhere/p.png"],
-            "picture is /nowhere/p.png, expected",
-        ),
+        (["--text", TEXT, "--picture=/nowhere/p.png"], "picture is /nowhere/p.png, expected"),
         (["--text", TEXT, "--picture=p.bmp"], "picture is p.bmp, expected a .png, .svg or"),
         (["--text", TEXT, "--picture=/"], "picture is /, expected a .png, .svg or"),
         ([], "--text is missing: write --text=VALUE"),

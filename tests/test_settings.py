@@ -142,7 +142,7 @@ def run(monkeypatch, run_command):
 
     def call(*arguments, stdin=b""):
         said.clear()
-        monkeypatch.setattr(generation, "sample", say)
+        monkeypatch.setattr(generation, "next_token", say)
         words = "--device=cpu", "--max_gen_len=16", *arguments
         return run_command(__main__.main, *words, stdin=stdin)[1:]
 

@@ -95,11 +95,9 @@ def test_10000_texts_of_many_scripts(tokenizer):
             continue
         streamed = Continuation(tokenizer, [1, *theirs.encode("A")], 10**6, [])
         said = []
-        for id in ids:
-            streamed.ids.append(id)
+        for id in [*ids, tokenizer.eos_id]:
+            streamed.add(id)
             said.append(streamed.read())
-        streamed.finish()
-        said.append(streamed.read())
         whole = tokenizer.decode([1, *theirs.encode("A"), *ids])[1:]
         assert "".join(said) == whole == (f" {back}" if text else ""), ascii(text)
         assert "\N{REPLACEMENT CHARACTER}" not in "".join(said) or "\ufffd" in text

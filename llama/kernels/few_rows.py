@@ -68,14 +68,7 @@ def rms(x, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, eps):
 
 @triton.jit
 def normalize_kernel(
-    x,
-    gain,
-    out,
-    eps,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    x, gain, out, eps, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr
 ):
     """Each program normalizes a tile of the row, and reads all of it for its rms."""
     columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
