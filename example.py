@@ -35,18 +35,8 @@ def main(
     min_p: float = 0.0,
 ):
     """Continues the prompts in this script. `python -m llama --help` explains the flags."""
-    settings = (
-        max_gen_len,
-        temperature,
-        top_p,
-        repetition_penalty,
-        repetition_penalty_range,
-        repetition_penalty_slope,
-        seed,
-        stop,
-        top_k,
-        min_p,
-    )
+    penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
+    settings = max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p
     if not prompts:
         raise ValueError("the list `prompts` in this script is empty: write a prompt into it")
     Settings(*settings)  # checked before the weights are loaded, as the prompts are

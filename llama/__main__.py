@@ -7,6 +7,7 @@ JSON has them exactly.
 import contextlib
 import sys
 import time
+from inspect import getdoc
 from json import dumps, loads
 
 import torch
@@ -159,39 +160,12 @@ def main(
             those of a stop string, finish_reason is stop, length or eos
         logprobs: with --json, adds the log-probability of each new token
         version: prints the version of this program
-        ckpt_dir: model folder in Meta's format (the demo model if not given)
-        tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
-        max_seq_len: longest sequence, prompt and continuation, in tokens
-        max_batch_size: most prompts continued at once
-        use_int8: False keeps the weights in fp16 (float32 on the CPU)
-        device: cuda, cuda:1 or cpu (CUDA if there is any)
-        engine: on CUDA in int8: triton, or bnb for bitsandbytes' product, the reference
-        max_gen_len: longest continuation, in tokens
-        temperature: 0 always takes the most likely token, 1 samples from the model's distribution
-        top_p: samples from the most likely tokens that have this probability together
-        repetition_penalty: above 1 makes tokens that are already there less likely
-        repetition_penalty_range: how many of the last tokens count as already there
-        repetition_penalty_slope: above 0 penalizes the older of them less
-        seed: the same seed gives a prompt the same text in the same place of the list
-        stop: text before which a continuation ends; several as a list, '["one", "two"]'
-        top_k: samples from so many of the most likely tokens; 0 from all
-        min_p: samples from tokens at least this fraction as likely as the most likely one
     """
     if version:
         print(f"llama-int8 {llama.__version__}")
         return
-    settings = Settings(
-        max_gen_len,
-        temperature,
-        top_p,
-        repetition_penalty,
-        repetition_penalty_range,
-        repetition_penalty_slope,
-        seed,
-        stop,
-        top_k,
-        min_p,
-    )
+    penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
+    settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
     if logprobs and not json:
         raise ValueError("--logprobs is a part of what --json prints: add --json")
     if [prompt, prompt_file, "-" if interactive else None].count("-") > 1:
@@ -200,13 +174,10 @@ def main(
     if prompt_file is not None:
         prompts += read_prompts(prompt_file)
     if not prompts and not interactive:
-        raise ValueError(
-            "there is no prompt: pass --prompt TEXT, --prompt_file FILE or --interactive"
-        )
+        raise ValueError("there is no prompt: pass --prompt, --prompt_file or --interactive")
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
-    llm = LLaMA.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device, engine
-    )
+    files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
+    llm = LLaMA.build(*files, *limits, use_int8, device, engine)
     if prompts:
         answer(llm, prompts, settings, json, logprobs)
     if interactive:
@@ -214,6 +185,8 @@ def main(
 
 
 def command_line() -> None:
+    for method in (LLaMA.build, LLaMA.generate):  # which explain their flags
+        main.__doc__ = getdoc(main) + getdoc(method).partition("Args:")[2]
     run(main)
 
 

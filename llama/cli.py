@@ -58,39 +58,41 @@ def run(command: Callable[..., None]) -> None:
 
 def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[str]:
     """The words of a command line as one --name=value a flag; ValueError for a mistake in them."""
-    words, given = words[::-1], {}
-    missing = [name for name, flag in flags.items() if flag.default is flag.empty]
-    while words:
-        written, equals, value = (word := words.pop()).partition("=")
-        name = written.lstrip("-").replace("-", "_")
-        starting = [flag for flag in flags if flag[0] == name]  # one letter is enough if unique
-        name = starting[0] if len(starting) == 1 else name
-        off = name.removeprefix("no").lstrip("_")  # --nojson, --no-json
-        if not word.startswith("-") and missing:  # a required flag needs no name
-            name, equals, value = missing[0], "=", word
-        elif not word.startswith("-") or not name:
-            raise ValueError(f"{word!r:.60} belongs to no flag: write --NAME=VALUE, see --help")
-        elif not equals and off != name and off in flags and flags[off].annotation is bool:
-            name, equals, value = off, "=", "False"
-        elif name not in flags:
-            near = difflib.get_close_matches(name, flags, n=1)
-            near = [flag for flag in flags if flag == OTHER_NAMES.get(name)] or near
-            hint = f"did you mean --{near[0]}?" if near else "see --help"
-            raise ValueError(f"unknown flag {written:.60}: {hint}")
+    required = [name for name, flag in flags.items() if flag.default is flag.empty]
+    given, waiting = {}, None  # the flag whose value the next word may be
+    for word in words:
+        if waiting and not word.startswith("-" if flags[waiting].annotation is bool else "--"):
+            given[waiting], waiting = word, None
+            continue
+        written, equals, value = word.partition("=")
+        unnamed = [name for name in required if name not in given]
+        if not word.startswith("-") and unnamed:
+            name, equals, value = unnamed[0], "=", word
+        else:
+            name = flag_of(written, flags)
         if name in given:
             raise ValueError(f"--{name} is given twice: give it once (--help says how for several)")
-        switch = flags[name].annotation is bool
-        if not equals and words and not words[-1].startswith("-" if switch else "--"):
-            value = words.pop()
-        elif not equals and not switch:
-            raise ValueError(f"--{name} has no value: write --{name}=VALUE")
-        elif not equals:
-            value = "True"
-        given[name] = value
-        missing = [flag for flag in missing if flag != name]
-    if missing:
+        given[name] = value if equals else "True" if flags[name].annotation is bool else None
+        waiting = None if equals else name
+    if empty := [name for name, value in given.items() if value is None]:
+        raise ValueError(f"--{empty[0]} has no value: write --{empty[0]}=VALUE")
+    if missing := [name for name in required if name not in given]:
         raise ValueError(f"--{missing[0]} is missing: write --{missing[0]}=VALUE, see --help")
     return [f"--{name}={value}" for name, value in given.items()]
+
+
+def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
+    """The flag that a word such as --max-gen-len, or -c where no other begins with c, names."""
+    name = written.lstrip("-").replace("-", "_")
+    if not written.startswith("-") or not name:
+        raise ValueError(f"{written!r:.60} belongs to no flag: write --NAME=VALUE, see --help")
+    starting = [flag for flag in flags if flag[0] == name]
+    if name in flags or len(starting) == 1:
+        return name if name in flags else starting[0]
+    near = [OTHER_NAMES.get(name), *difflib.get_close_matches(name, flags, n=1)]
+    near = [flag for flag in near if flag in flags]
+    hint = f"did you mean --{near[0]}?" if near else "see --help"
+    raise ValueError(f"unknown flag {written:.60}: {hint}")
 
 
 def parse(flag: inspect.Parameter, value: str) -> Any:

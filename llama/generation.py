@@ -124,18 +124,8 @@ class LLaMA:
             top_k: samples from this many of the most likely tokens; 0 from all
             min_p: samples from tokens at least this fraction as likely as the most likely one
         """
-        settings = Settings(
-            max_gen_len,
-            temperature,
-            top_p,
-            repetition_penalty,
-            repetition_penalty_range,
-            repetition_penalty_slope,
-            seed,
-            stop,
-            top_k,
-            min_p,
-        )
+        penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         *_, rows = self.steps(prompts, settings)
         return [prompt + row.text for prompt, row in zip(prompts, rows)]
 
@@ -158,18 +148,8 @@ class LLaMA:
         of `generate`; a wrong setting or prompt raises at once."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r:.60}, expected a string")
-        settings = Settings(
-            max_gen_len,
-            temperature,
-            top_p,
-            repetition_penalty,
-            repetition_penalty_range,
-            repetition_penalty_slope,
-            seed,
-            stop,
-            top_k,
-            min_p,
-        )
+        penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         return pieces(self.steps([prompt], settings))
 
     def steps(

@@ -30,24 +30,10 @@ def attend_torch(qkv, k_cache, v_cache, positions, rotation, out, splits=None) -
 
 @triton.jit
 def attend_kernel(
-    qkv,
-    k_cache,
-    v_cache,
-    positions,
-    rotation,
-    partial,
-    arrivals,
-    out,
-    S,
-    scale,
-    H: tl.constexpr,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    qkv, k_cache, v_cache, positions, rotation, partial, arrivals, out, S, scale,
+    H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Each program attends for one head of one row to SPLIT tokens of its sequence."""
     b = tl.program_id(0) // H
     h = tl.program_id(0) % H
@@ -136,21 +122,6 @@ def attend(
     H = qkv.shape[1] // K - 2 * Hkv
     split = max(64, triton.next_power_of_2(triton.cdiv(S, MAX_SPLITS)))
     attend_kernel[(B * H, triton.cdiv(S, split))](
-        qkv,
-        k_cache,
-        v_cache,
-        positions,
-        rotation,
-        *splits,
-        out,
-        S,
-        K**-0.5,
-        H,
-        Hkv,
-        K,
-        split,
-        64,
-        MAX_SPLITS,
-        **dependent(qkv),
-        num_warps=4,
-    )
+        qkv, k_cache, v_cache, positions, rotation, *splits, out, S, K**-0.5, H, Hkv, K, split, 64,
+        MAX_SPLITS, **dependent(qkv), num_warps=4,
+    )  # fmt: skip

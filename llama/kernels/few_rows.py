@@ -84,17 +84,10 @@ def normalize_kernel(
 
 @triton.jit
 def matvec_kernel(
-    x,
-    CB,
-    SCB,
-    out,
-    N,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    THEN: tl.constexpr,
+    x, CB, SCB, out, N,
+    D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, THEN: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Each program computes one output; it requests its whole row of weights before the wait."""
     n = tl.program_id(0)
     if PDL:
@@ -133,20 +126,10 @@ def split_torch(x: Tensor, norm: tuple[Tensor, float] | None = None) -> tuple[Te
 
 @triton.jit
 def split_kernel(
-    x,
-    gain,
-    digits,
-    scales,
-    B,
-    eps,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIGITS: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, gain, digits, scales, B, eps,
+    D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr,
+    DIGITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Each program splits a tile of a row; to normalize, it reads all of the row."""
     b, tile = tl.program_id(0), tl.program_id(1)
     columns = tile * TILE + tl.arange(0, TILE)
@@ -180,43 +163,18 @@ def split(x: Tensor, norm: tuple[Tensor, float] | None = None) -> tuple[Tensor, 
     gain, eps = norm or (None, 0.0)
     tiles = triton.cdiv(D, TILE)
     split_kernel[(B, tiles)](
-        x,
-        gain,
-        digits,
-        scales,
-        B,
-        eps,
-        D,
-        TILE,
-        tiles,
-        GROUP,
-        DIGITS,
-        norm is not None,
-        **dependent(x),
-        num_warps=4,
-    )
+        x, gain, digits, scales, B, eps, D, TILE, tiles, GROUP, DIGITS, norm is not None,
+        **dependent(x), num_warps=4,
+    )  # fmt: skip
     return digits, scales
 
 
 @triton.jit
 def few_rows_kernel(
-    digits,
-    scales,
-    CB,
-    SCB,
-    out,
-    partial,
-    arrivals,
-    B,
-    N,
-    D: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
-    THEN: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    digits, scales, CB, SCB, out, partial, arrivals, B, N,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Each program computes BLOCK_N outputs of all rows from a part of the columns, on int8 tensor
     cores."""
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -307,20 +265,6 @@ def linear(
         return
     splits = MAX_PARTS if N < 8192 else 2
     few_rows_kernel[(triton.cdiv(N, BLOCK_N), splits)](
-        *split(x, norm),
-        CB,
-        SCB,
-        out,
-        *parts,
-        B,
-        N,
-        D,
-        GROUP,
-        max(16, triton.next_power_of_2(B)),
-        BLOCK_N,
-        splits,
-        then,
-        **dependent(x),
-        num_warps=4,
-        num_stages=STAGES,
-    )
+        *split(x, norm), CB, SCB, out, *parts, B, N, D, GROUP, max(16, triton.next_power_of_2(B)),
+        BLOCK_N, splits, then, **dependent(x), num_warps=4, num_stages=STAGES,
+    )  # fmt: skip

@@ -56,19 +56,9 @@ def vectorwise_quant_torch(x, threshold, buffers, before="nothing", weight=None,
 
 @triton.jit
 def vectorwise_quant_kernel(
-    x,
-    weight,
-    A,
-    CA,
-    SCA,
-    first,
-    threshold,
-    eps,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-    BEFORE: tl.constexpr,
-):
+    x, weight, A, CA, SCA, first, threshold, eps,
+    D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
     """Each program quantizes one row, which it holds in registers."""
     m = tl.program_id(0)
     row = m.to(tl.int64) * D
@@ -125,21 +115,10 @@ def vectorwise_quant_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def kept_kernel(
-    A,
-    CA,
-    SCA,
-    first,
-    columns,
-    count,
-    rest,
-    M,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    NEVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_KEPT: tl.constexpr,
-):
+    A, CA, SCA, first, columns, count, rest, M,
+    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NEVER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_KEPT: tl.constexpr,
+):  # fmt: skip
     """Each program lists all columns with anything kept, the same list as the others, and computes
     what the codes of its BLOCK_M rows lack there."""
     n_kept = 0
@@ -191,39 +170,13 @@ def vectorwise_quant(
     warps = 8 if D <= 8192 else 16
     tile = 128 * warps
     launch(
-        vectorwise_quant_kernel,
-        (M,),
-        x,
-        weight,
-        A,
-        CA,
-        SCA,
-        first,
-        threshold,
-        eps,
-        D,
-        tile,
-        triton.cdiv(D, tile),
-        before,
-        num_warps=warps,
-    )
+        vectorwise_quant_kernel, (M,), x, weight, A, CA, SCA, first, threshold, eps, D, tile,
+        triton.cdiv(D, tile), before, num_warps=warps,
+    )  # fmt: skip
     launch(
-        kept_kernel,
-        (triton.cdiv(M, KEPT_ROWS),),
-        A,
-        CA,
-        SCA,
-        first,
-        *kept,
-        M,
-        D,
-        width,
-        CHUNK,
-        NEVER,
-        KEPT_ROWS,
-        BLOCK_KEPT,
-        num_warps=8,
-    )
+        kept_kernel, (triton.cdiv(M, KEPT_ROWS),), A, CA, SCA, first, *kept, M, D, width, CHUNK,
+        NEVER, KEPT_ROWS, BLOCK_KEPT, num_warps=8,
+    )  # fmt: skip
     return CA, SCA, tuple(kept)
 
 
@@ -237,25 +190,10 @@ def mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, out, then: str) -> None:
 
 @triton.jit(do_not_specialize=["M"])
 def mixed_scaled_mm_kernel(
-    CA,
-    SCA,
-    columns,
-    count,
-    rest,
-    CB,
-    SCB,
-    out,
-    M,
-    N,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_KEPT: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
-    THEN: tl.constexpr,
-):
+    CA, SCA, columns, count, rest, CB, SCB, out, M, N,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_KEPT: tl.constexpr, NEIGHBOURS: tl.constexpr, THEN: tl.constexpr,
+):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
@@ -319,24 +257,7 @@ def mixed_scaled_mm(
     (M, D), N = CA.shape, len(CB)
     grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
     launch(
-        mixed_scaled_mm_kernel,
-        grid,
-        CA,
-        SCA,
-        *kept,
-        CB,
-        SCB,
-        out,
-        M,
-        N,
-        D,
-        kept[2].shape[1],
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        BLOCK_KEPT,
-        NEIGHBOURS,
-        then,
-        num_warps=WARPS,
+        mixed_scaled_mm_kernel, grid, CA, SCA, *kept, CB, SCB, out, M, N, D, kept[2].shape[1],
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KEPT, NEIGHBOURS, then, num_warps=WARPS,
         num_stages=STAGES,
-    )
+    )  # fmt: skip

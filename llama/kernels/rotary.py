@@ -22,16 +22,9 @@ def rotate_torch(qkv, k_cache, v_cache, rotation) -> None:
 
 @triton.jit(do_not_specialize=["T"])
 def rotate_kernel(
-    qkv,
-    k_cache,
-    v_cache,
-    rotation,
-    T,
-    H: tl.constexpr,
-    HKV: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    qkv, k_cache, v_cache, rotation, T,
+    H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """Each program turns one head of BLOCK_T tokens."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     h = tl.program_id(1)
