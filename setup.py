@@ -1,4 +1,4 @@
-"""`pip install .` installs the package and its demo model, `pip install .[test]` what tests need."""
+"""`pip install .` installs the package and its demo model; `.[test]` adds what tests need."""
 
 import re
 from pathlib import Path

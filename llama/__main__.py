@@ -174,7 +174,9 @@ def main(
     if prompt_file is not None:
         prompts += read_prompts(prompt_file)
     if not prompts and not interactive:
-        raise ValueError("there is no prompt: pass --prompt, --prompt_file or --interactive")
+        raise ValueError(
+            "there is no prompt: pass --prompt TEXT, --prompt_file FILE or --interactive"
+        )
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
     llm = LLaMA.build(*files, *limits, use_int8, device, engine)

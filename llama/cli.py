@@ -68,6 +68,8 @@ def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[
         unnamed = [name for name in required if name not in given]
         if not word.startswith("-") and unnamed:
             name, equals, value = unnamed[0], "=", word
+        elif written[2:].startswith("no") and written[4:] in flags:  # as fire has it
+            name, equals, value = written[4:], "=", "False"
         else:
             name = flag_of(written, flags)
         if name in given:

@@ -1,31 +1,40 @@
-"""Which device and engine a model works with."""
+"""Which device, engine and cores a model works with."""
 
+import ctypes
 import warnings
 
 import torch
 
+OPENMP = ctypes.CDLL(torch._C.__file__)  # torch links it
+
+
+def use_cores(count: int) -> int:
+    """Lets this thread compute on so many cores; returns how many it had. Unlike
+    torch.set_num_threads this changes nothing for threads that begin meanwhile."""
+    before = torch.get_num_threads()  # at its first use in a thread torch sets OpenMP's number
+    if hasattr(OPENMP, "omp_set_num_threads"):
+        OPENMP.omp_set_num_threads(count)
+    return before
+
 
 def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.device:
     """CUDA if there is any, unless told otherwise; ValueError or ImportError if it cannot work."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        target = torch.device(automatic if device is None else device)
+        target = torch.device(("cuda" if count else "cpu") if device is None else device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device is {device!r:.60}, expected cuda, cuda:1 or cpu") from None
-    if target.type not in ("cuda", "cpu") or str(target) == f"cpu:{target.index}":
-        raise ValueError(f"device is {target}, expected cuda, cuda:1 or cpu")
+        target = None
+    if target is None or target.type != "cuda" and str(target) != "cpu":
+        raise ValueError(f"device is {str(device)!r:.60}, expected cuda, cuda:1 or cpu")
     if target.type == "cpu":
         return target
-    if not torch.cuda.is_available():
+    if not count:
         raise ValueError(
             f"device is {target}, but torch {torch.__version__} sees no CUDA GPU: install a CUDA "
             "build of torch and the driver, or pass --device=cpu"
         )
-    if (target.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(
-            f"device is {target}, expected one of cuda:0 to cuda:{count - 1}: those are all that "
-            "torch sees"
-        )
+    if (target.index or 0) >= count:
+        raise ValueError(f"device is {target}, expected one of the {count} that torch sees, cuda:0")
     from bitsandbytes.cextension import lib
 
     if use_int8 and getattr(lib, "compiled_with_cuda", False) is not True:

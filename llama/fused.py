@@ -14,9 +14,13 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from llama import kernels
 from llama.buffers import DecodeBuffers, PrefillBuffers
 from llama.int8 import OUTLIER_THRESHOLD, join
+from llama.kernels.attention import attend as attend_one
+from llama.kernels.few_rows import linear
+from llama.kernels.launch import repeating
+from llama.kernels.llm_int8 import mixed_scaled_mm, vectorwise_quant
+from llama.kernels.rotary import rotate
 from llama.model import KVCache, Transformer, attend
 
 
@@ -41,24 +45,22 @@ class FusedEngine:
         heads = args.n_heads, args.kv_heads, args.kv_heads
         q, k, v = qkv.view(1, len(tokens), -1, args.head_dim).split(heads, 2)
 
-        def linear(x, weights, out, then, room, before="nothing", gain=None):
-            codes = kernels.vectorwise_quant(
-                x, OUTLIER_THRESHOLD, room, before, gain, args.norm_eps
-            )
-            kernels.mixed_scaled_mm(*codes, *weights, out, then)
+        def multiply(x, weights, out, then, room, before="nothing", gain=None):
+            codes = vectorwise_quant(x, OUTLIER_THRESHOLD, room, before, gain, args.norm_eps)
+            mixed_scaled_mm(*codes, *weights, out, then)
 
         caches = self.cache.k[:, slot], self.cache.v[:, slot]
         layers = zip(self.model.layers, self.layers, *caches)
-        with closing(kernels.repeating(layers)) as layers:
+        with closing(repeating(layers)) as layers:
             for layer, (wqkv, wo, w1w3, w2), keys, values in layers:
                 gain = layer.attention_norm.weight
-                linear(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", gain)
-                kernels.rotate(qkv, keys, values, rotation)
+                multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", gain)
+                rotate(qkv, keys, values, rotation)
                 out = attend(q, k, v, None).reshape(len(tokens), args.dim)
-                linear(out, wo, residual, "add", buffers.dim)
+                multiply(out, wo, residual, "add", buffers.dim)
                 gain = layer.ffn_norm.weight
-                linear(residual, w1w3, w13, "store", buffers.dim, "rms_norm", gain)
-                linear(w13, w2, residual, "add", buffers.hidden, "swiglu")
+                multiply(residual, w1w3, w13, "store", buffers.dim, "rms_norm", gain)
+                multiply(w13, w2, residual, "add", buffers.hidden, "swiglu")
         return residual
 
     def head(self, features: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class FusedEngine:
         caches = self.cache.k, self.cache.v
         for layer, (wqkv, wo, w1w3, w2), *cache in zip(model.layers, self.layers, *caches):
             self._linear(residual, wqkv, buffers.qkv, "store", layer.attention_norm)
-            kernels.attend(
+            attend_one(
                 buffers.qkv, *cache, positions, model.rotation, buffers.heads, buffers.attend
             )
             self._linear(buffers.heads, wo, residual, "add")
@@ -86,4 +88,4 @@ class FusedEngine:
 
     def _linear(self, x, weights, out, then, norm=None) -> None:
         norm = (norm.weight, norm.eps) if norm else None
-        kernels.linear(x, *weights, out, then, self.buffers.linear, norm)
+        linear(x, *weights, out, then, self.buffers.linear, norm)

@@ -23,7 +23,7 @@ from torch import Tensor
 from llama import checkpoint, room
 from llama.continuation import Continuation
 from llama.decode import ENGINES, Decoder, make_engine
-from llama.device import pick_device, pick_engine
+from llama.device import pick_device, pick_engine, use_cores
 from llama.model import Transformer
 from llama.params import read_model
 from llama.sampling import NOT_FINITE, next_token
@@ -32,7 +32,10 @@ from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
-DAMAGED = "the weights are damaged or overflow fp16"
+# Weights below which one core of a CPU is as fast as several, and several are slowed down by any
+# other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
+ONE_CORE = 2**24
+NOT_FINITE_LOGITS = "logits that are not finite: the weights are damaged or overflow fp16"
 
 
 class LLaMA:
@@ -42,6 +45,8 @@ class LLaMA:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
+        small = sum(weight.numel() for weight in model.parameters()) < ONE_CORE
+        self._cores = 1 if small else None
         self._lock = threading.Lock()
 
     @staticmethod
@@ -211,14 +216,11 @@ class LLaMA:
                 for row, id, *logprob in zip(rows, *drawn):
                     if row.finish_reason is None:
                         if id == NOT_FINITE:
-                            raise FloatingPointError(
-                                "the model computed logits that are not finite at token "
-                                f"{len(row.ids) + 1} of the continuation: {DAMAGED}"
-                            )
+                            raise FloatingPointError(f"the model computed {NOT_FINITE_LOGITS}")
                         row.add(id, *logprob)
                 yield
         except torch.OutOfMemoryError:
-            raise MemoryError(self._too_big(len(rows), length)) from None
+            raise self._too_big(len(rows), length) from None
         finally:
             del decoder  # the frame of an error that a notebook keeps would keep it
 
@@ -233,7 +235,7 @@ class LLaMA:
         for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
             scores.append([])
             following = torch.tensor(ids[1:], device="cpu").split(POSITIONS)
-            for tokens, logits in zip(following, self.logits(ids[:-1])):
+            for tokens, logits in zip(following, self.logits(ids[:-1]) if ids[1:] else ()):
                 every = logits.log_softmax(-1)
                 scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
         return scores
@@ -241,28 +243,24 @@ class LLaMA:
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Float32 logits of what follows each of ids, in order: (n, V), at most POSITIONS at once,
         from one prefill."""
-        if not ids:
-            return
-        engine = features = logits = None
+        engine = None
         try:
             with self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
-                tokens = torch.tensor(ids, device=self._device)
-                features = engine.prefill(0, tokens).split(POSITIONS)
-            for part in features:
+                parts = engine.prefill(0, torch.tensor(ids, device=self._device)).split(POSITIONS)
+            for part in parts:
                 with self._turn():
                     logits = engine.head(part)
-                    if not logits.isfinite().all():
-                        raise FloatingPointError(
-                            f"the model computed logits that are not finite: {DAMAGED}"
-                        )
+                    finite = bool(logits.isfinite().all())
+                if not finite:
+                    raise FloatingPointError(f"the model computed {NOT_FINITE_LOGITS}")
                 yield logits
         except torch.OutOfMemoryError:
             raise MemoryError(
                 f"{self._device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
         finally:
-            del engine, features, logits
+            del engine
 
     @property
     def _device(self) -> torch.device:
@@ -277,25 +275,28 @@ class LLaMA:
         exact = torch.autocast(device.type, enabled=False)
         before = sys.exc_info()[1]
         with self._lock, on_device, exact, torch.inference_mode():
+            cores = use_cores(self._cores or torch.get_num_threads())
             try:
                 yield
             except BaseException as error:
                 forget(error, before)
                 raise
+            finally:
+                use_cores(cores)
 
     def check_room(self, sequences: int, length: int) -> None:
         """MemoryError unless keys and values of so many sequences of this length fit."""
-        args, dtype = self.model.args, self.model.tok_embeddings.weight.dtype
-        if room.cache_bytes(args, sequences, length, dtype) > room.free_bytes(self._device):
-            raise MemoryError(self._too_big(sequences, length))
+        args, weight = self.model.args, self.model.tok_embeddings.weight
+        if room.cache_bytes(args, sequences, length, weight.dtype) > room.free_bytes(weight.device):
+            raise self._too_big(sequences, length)
 
-    def _too_big(self, sequences: int, length: int) -> str:
-        args, dtype = self.model.args, self.model.tok_embeddings.weight.dtype
-        need = room.cache_bytes(args, sequences, length, dtype)
-        return (
-            f"{sequences} sequences of {length} tokens need {need / room.GIB:.1f} GiB for keys and "
-            f"values and some for work, {self._device} has "
-            f"{room.free_bytes(self._device) / room.GIB:.1f} GiB free: pass fewer prompts at once "
+    def _too_big(self, sequences: int, length: int) -> MemoryError:
+        args, weight = self.model.args, self.model.tok_embeddings.weight
+        need = room.cache_bytes(args, sequences, length, weight.dtype) / room.GIB
+        free = room.free_bytes(weight.device) / room.GIB
+        return MemoryError(
+            f"{sequences} sequences of {length} tokens need {need:.1f} GiB for keys and values and "
+            f"some for work, {weight.device} has {free:.1f} GiB free: pass fewer prompts at once "
             "(--max_batch_size) or lower --max_gen_len"
         )
 

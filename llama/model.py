@@ -62,7 +62,7 @@ class KVCache:
     ):
         shape = (args.n_layers, batch, length, args.kv_heads, args.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def slot(self, i: int) -> "KVCache":
         """That of sequence i alone, a view of this one's memory."""

@@ -135,7 +135,6 @@ def test_every_way_to_write_a_flag():
     assert arguments(plain, flags) == plain
     assert arguments(["o", "--json", "--n", "-3", "--name", "-"], flags) == plain
     assert arguments(["-o", "o", "-json", "True", "--n=-3", "--name=-"], flags) == plain
-    assert arguments(["o", "--no-json"], flags) == arguments(["o", "--nojson"], flags)
     assert arguments(["o", "--nojson"], flags) == ["--out=o", "--json=False"]
     with pytest.raises(ValueError, match="--out is missing: write --out=VALUE"):
         arguments(["--json"], flags)

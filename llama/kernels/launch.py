@@ -16,40 +16,34 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-
-class _Repetition(threading.local):
-    compiled: list | None = None  # the kernels of the first layer, in order; None: not repeating
-    at = 0
-
-
-_repetition = _Repetition()
+_thread = threading.local()  # compiled: the kernels of the first layer; at: which comes next
 
 
 def repeating(layers: Iterable) -> Iterator:
     """The layers, one by one, each of which must launch the same kernels as the first, with tensors
     of the same types, alignment and strides. Close the iterator when done with it."""
-    _repetition.compiled = []
+    _thread.compiled = []
     try:
         for layer in layers:
-            _repetition.at = 0
+            _thread.at = 0
             yield layer
     finally:
-        _repetition.compiled = None
+        del _thread.compiled
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """kernel[grid](*args, **options), or what Triton compiled for the first of repeating layers."""
-    compiled, at = _repetition.compiled, _repetition.at
+    compiled = getattr(_thread, "compiled", None)
     if compiled is None:
         kernel[grid](*args, **options)
         return
-    _repetition.at += 1
-    if at == len(compiled):
-        compiled.append(kernel[grid](*args, **options))  # the interpreter returns None
-    elif compiled[at] is None:
+    if _thread.at == len(compiled):
+        compiled.append(kernel[grid](*args, **options))
+    elif compiled[_thread.at] is None:  # by the interpreter
         kernel[grid](*args, **options)
     else:
-        compiled[at][(*grid, 1, 1)](*args)
+        compiled[_thread.at][(*grid, 1, 1)](*args)
+    _thread.at += 1
 
 
 def dependent(x: Tensor) -> dict:
