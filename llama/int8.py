@@ -10,7 +10,6 @@ float32, with activations that are not rounded.
 import functools
 import logging
 import math
-from itertools import pairwise
 from unittest.mock import patch
 
 import torch
@@ -86,15 +85,12 @@ def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
     """CB and SCB of several layers as one matrix. Layers that were not allocated together are
     moved."""
     states = [linear.state for linear in linears]
-    for one, next_one in pairwise([state.CB for state in states]):
-        same = one.untyped_storage().data_ptr() == next_one.untyped_storage().data_ptr()
-        if not same or one.data_ptr() + one.nbytes != next_one.data_ptr():
-            old = [(state.CB, state.SCB) for state in states]
-            allocate(linears, one.device)
-            for state, (CB, SCB) in zip(states, old):
-                state.CB.copy_(CB)
-                state.SCB.copy_(SCB)
-            break
+    if len({state.CB.untyped_storage().data_ptr() for state in states}) > 1:
+        old = [(state.CB, state.SCB) for state in states]
+        allocate(linears, states[0].CB.device)
+        for state, (CB, SCB) in zip(states, old):
+            state.CB.copy_(CB)
+            state.SCB.copy_(SCB)
     rows, columns = sum(len(state.CB) for state in states), states[0].CB.shape[1]
     CB = states[0].CB.as_strided((rows, columns), (columns, 1))
     return CB, states[0].SCB.as_strided((rows,), (1,))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from llama.int8 import Int8Linear
 
+LayerCache = tuple[Tensor, Tensor] | None  # keys and values of one layer, each (B, S, Hkv, K)
+
 
 @dataclass(frozen=True)
 class ModelArgs:
@@ -131,16 +133,11 @@ class Attention(nn.Module):
         self.wo = linear(args.dim, args.dim, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rotation: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        self, x: Tensor, positions: Tensor, rotation: Tensor, cache: LayerCache, mask: Tensor | None
     ) -> Tensor:
-        """x (B, T, D) at positions (B, T) -> (B, T, D). Writes keys and values to this layer's part
-        of the cache, two tensors (B, S, Hkv, K). mask (B, 1, T, S) says which of them each token
-        sees; without one it sees the tokens of this step up to itself."""
+        """x (B, T, D) at positions (B, T) -> (B, T, D). Writes keys and values to the cache. mask
+        (B, 1, T, S) says which of them each token sees; without one it sees the tokens of this step
+        up to itself."""
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (B, T, H, K)
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (B, T, Hkv, K)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
@@ -186,12 +183,7 @@ class TransformerBlock(nn.Module):
         ]
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rotation: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        self, x: Tensor, positions: Tensor, rotation: Tensor, cache: LayerCache, mask: Tensor | None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); the other arguments are those of Attention."""
         x = x + self.attention(self.attention_norm(x), positions, rotation, cache, mask)
