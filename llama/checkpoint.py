@@ -9,7 +9,6 @@ blocks a thread on CUDA and at the finished model on the CPU.
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
 """
 
-import contextlib
 import ctypes
 import json
 import math
@@ -19,11 +18,10 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -77,10 +75,9 @@ class Weight:
 
     def blocks(self, targets: list[Tensor]) -> list[tuple[tuple[Piece, ...], tuple[Tensor, ...]]]:
         """Blocks of rows: the pieces that stand side by side in one, and the same rows of targets,
-        which are as in `stream`."""
+        which are those of `targets_in`."""
         values = VALUES_A_BLOCK if len(targets) == 2 else BYTES_A_BLOCK // self.dtype.itemsize
-        width = sum(math.prod(piece.shape[1:]) for piece in self.pieces[0])
-        most = max(1, values // width)
+        most = max(1, values // sum(math.prod(piece.shape[1:]) for piece in self.pieces[0]))
         blocks = [block for row in self.pieces for block in zip(*(p.split(most) for p in row))]
         rows = [block[0].shape[0] for block in blocks]
         return list(zip(blocks, zip(*(target.split(rows) for target in targets))))
@@ -108,8 +105,7 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
             allocate(group, device)
 
     name = one_line(ckpt_dir.resolve().name)
-    targets = partial(targets_in, model, device, dtype)
-    with closing(stream(planned, targets, f"Loading {name}", args.n_layers)) as done:
+    with closing(stream(planned, model, device, dtype, f"Loading {name}")) as done:
         peak = max(before, *(anonymous_bytes() for _ in done))
     model.rotation = rotation_table(args, device)
     print(
@@ -118,25 +114,6 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
         file=sys.stderr,
     )
     return model
-
-
-def targets_in(
-    model: Transformer, device: torch.device, dtype: torch.dtype | None, weight: Weight
-) -> list[Tensor]:
-    """The tensors of the model that a weight fills: one of values, in its own type if dtype is
-    None, or a layer's codes and scales. They are made here, but for a layer that has them."""
-    path, attribute = weight.name.rsplit(".", 1)
-    module = model.get_submodule(path)
-    if not isinstance(module, Int8Linear):
-        shape = getattr(module, attribute).shape
-        empty = torch.empty(shape, dtype=dtype or weight.dtype, device=device)
-        setattr(module, attribute, nn.Parameter(empty, requires_grad=False))
-        return [empty]
-    if module.state.CB is None:
-        allocate([module], device)
-    if weight.dtype == torch.int8:
-        return [module.state.CB]
-    return [module.state.SCB] if attribute == "SCB" else [module.state.CB, module.state.SCB]
 
 
 @torch.inference_mode(False)
@@ -167,11 +144,10 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
     unfinished.mkdir(parents=True)
     try:
         title = f"Quantizing {one_line(ckpt_dir.resolve().name)}"
-        targets = partial(targets_in, model, torch.device("cpu"), None)
-        with closing(stream(planned, targets, title, args.n_layers)) as done:
-            for i, (_, layer) in enumerate(groupby(done, lambda filled: filled[0].layer)):
+        with closing(stream(planned, model, torch.device("cpu"), None, title)) as done:
+            for i, (_, layer) in enumerate(groupby(done, lambda weight: weight.layer)):
                 tensors = {}
-                for weight, _ in layer:
+                for weight in layer:
                     path = weight.name.removesuffix(".weight")
                     tensors |= model.get_submodule(path).state_dict(prefix=f"{path}.")
                     model.set_submodule(path, nn.Identity())  # which frees it
@@ -214,30 +190,26 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
         for group in model.linears():
             allocate(group, torch.device("meta"))
         held = {"the int8 files": [name for names in held.values() for name in names]}
-    expected = model.state_dict()
+    expected, planned = model.state_dict(), []
     for file, names in held.items():
-        missing, extra = (
-            Counter(list(expected)) - Counter(names),
-            Counter(names) - Counter(list(expected)),
-        )
+        missing = list(Counter(expected.keys()) - Counter(names))
+        extra = list(Counter(names) - Counter(expected.keys()))
         if missing or extra:
             raise ValueError(
-                f"{file} and params.json do not belong together: missing {some_of(list(missing))}, "
-                f"left over {some_of(list(extra))}; take both from one model"
+                f"{file} and params.json do not belong together: missing {some_of(missing)}, "
+                f"left over {some_of(extra)}; take both from one model"
             )
-    planned = []
     for name, tensor in expected.items():
         pieces = [shard[name] for shard in shards.values() if name in shard]
         dim = JOIN_DIM.get(name.split(".")[-2]) if len(pieces) > 1 else None
         for piece in pieces:
             check_piece(name, piece, tensor, dim, len(pieces))
         if not name.endswith(".weight_format"):
-            rows = {None: [pieces[:1]], 0: [[piece] for piece in pieces], 1: [pieces]}
-            planned.append(Weight(name, rows[dim]))
+            side_by_side = pieces if dim == 1 else pieces[:1]
+            below = [[piece] for piece in pieces[1:]] if dim == 0 else []
+            planned.append(Weight(name, [side_by_side, *below]))
         elif pieces[0].read(Buffer()).item() != BY_ROWS:
-            raise ValueError(
-                f"{name} in {pieces[0].path.name} is not 0 (by rows): quantize the model again"
-            )
+            raise ValueError(f"{name} is not {BY_ROWS} (by rows): quantize the model again")
     return planned
 
 
@@ -265,12 +237,34 @@ def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: in
         )
 
 
+def targets_in(
+    model: Transformer, weight: Weight, device: torch.device, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """The tensors of the model that a weight fills: one of values, in the weight's own type if
+    dtype is None, or a layer's codes and scales. Made here, unless the layer has them already."""
+    path, attribute = weight.name.rsplit(".", 1)
+    module = model.get_submodule(path)
+    if not isinstance(module, Int8Linear):
+        shape = getattr(module, attribute).shape
+        values = torch.empty(shape, dtype=dtype or weight.dtype, device=device)
+        setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+        return [values]
+    if module.state.CB is None:
+        allocate([module], device)
+    if weight.dtype == torch.int8:
+        return [module.state.CB]
+    return [module.state.SCB] if attribute == "SCB" else [module.state.CB, module.state.SCB]
+
+
 def stream(
-    planned: list[Weight], targets_of: Callable[[Weight], list[Tensor]], title: str, n_layers: int
-) -> Iterator[tuple[Weight, list[Tensor]]]:
-    """Fills what targets_of(weight) gives, one tensor of values or two of int8 codes and scales, in
-    several threads. Yields each weight with its tensors when they are filled, in order. ValueError
-    if a value is not finite."""
+    planned: list[Weight],
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    title: str,
+) -> Iterator[Weight]:
+    """Fills the model's tensors (see targets_in) in several threads, and yields each weight, in
+    order, when it is in its place. ValueError if a value is not finite."""
     threads = min(torch.get_num_threads(), MOST_THREADS)
     buffers, running = Buffers(), deque()
     bar = tqdm(
@@ -283,18 +277,19 @@ def stream(
     with bar, ThreadPoolExecutor(threads, initializer=work_on_one_core) as pool:
         try:
             for weight in planned:
-                targets = targets_of(weight)
-                blocks = weight.blocks(targets)
+                blocks = weight.blocks(targets_in(model, weight, device, dtype))
                 jobs = [pool.submit(fill, buffers, weight.name, *block) for block in blocks]
-                running.append((weight, targets, jobs))
+                running.append((weight, jobs))
                 while len(running) > (0 if weight is planned[-1] else AHEAD):
-                    done, filled, jobs = running.popleft()
+                    done, jobs = running.popleft()
                     for job in jobs:
                         job.result()
                     if done.layer is not None:
-                        bar.set_postfix_str(f"layer {done.layer + 1}/{n_layers}", refresh=False)
+                        bar.set_postfix_str(
+                            f"layer {done.layer + 1}/{len(model.layers)}", refresh=False
+                        )
                     bar.update(done.nbytes / GIB)
-                    yield done, filled
+                    yield done
         finally:  # after an error nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -303,7 +298,7 @@ def work_on_one_core() -> None:
     """Of this thread alone. torch.set_num_threads is not: threads that begin meanwhile, or load
     too, would find its 1 and keep it."""
     torch.get_num_threads()  # at its first use in a thread torch sets OpenMP's number
-    with contextlib.suppress(AttributeError):  # a torch without OpenMP: threads are many, no more
+    with suppress(AttributeError):  # a torch without OpenMP: threads are many, no more
         ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 

@@ -14,7 +14,6 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -212,8 +211,8 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
                 pass
             case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
                 stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append(operation.name == "NEWTRUE")
+            case "NONE" | "NEWTRUE" | "NEWFALSE":  # nothing depends on them
+                stack.append(None)
             case "GLOBAL":
                 if argument not in GLOBALS:
                     raise ValueError(f"it names {argument}, which was not run")
@@ -238,9 +237,7 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
                 stack.append(storage(*taken[0], records, path))
             case "REDUCE":
                 function, arguments = taken
-                if type(function) is not FunctionType:
-                    raise ValueError("it calls what is no function")
-                stack.append(function(*arguments))
+                stack.append(function(*arguments))  # of GLOBALS: nothing else can be called
             case "BUILD":  # attributes of an OrderedDict, as a module's state_dict() has them
                 stack.append(taken[0])
             case "STOP":
