@@ -231,9 +231,10 @@ def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: in
     if together != shape:
         count = math.prod(shape) / max(math.prod(piece.shape), 1)
         hint = f" (it is one of {count:.0f} shards)" if count in {*range(1, 65)} - {of} else ""
+        joined = f" from {of} shards together" if of > 1 else ""
         raise ValueError(
-            f"{name} in {file} is {piece.shape!s:.60}{hint}, but by params.json it is {shape} in "
-            f"{of} shard{'s' * (of > 1)} together: take all files from one model"
+            f"{name} in {file} is {piece.shape!s:.60}{hint}, but params.json asks for {shape}"
+            f"{joined}: take all files from one model"
         )
 
 

@@ -65,14 +65,17 @@ def read_params(ckpt_dir: Path) -> dict:
 def what_it_is(path: Path) -> str:
     """A sentence about a path that is no folder with shards, and what to pass instead."""
     models = sorted(shard.parent for shard in path.glob("*/consolidated.*.pth"))
-    example = one_line(str(models[0])) if models else "/w/13B"
-    instead = f"pass a folder of Meta's files (consolidated.00.pth ...), e.g. --ckpt_dir {example}"
+    example = one_line(str(models[0]), 160) if models else "/w/13B"
+    instead = f"pass the model folder, e.g. --ckpt_dir {example}"
     if not path.exists():
         return f"{path} does not exist: {instead}"
     entries = sorted(path.iterdir()) if path.is_dir() else [path]
     for entry in entries:
         if entry.suffix in OTHER_FORMATS:
-            return f"{one_line(str(entry), 160)} is {OTHER_FORMATS[entry.suffix]}: {instead}"
+            kind = OTHER_FORMATS[entry.suffix]
+            return (
+                f"{one_line(str(entry), 160)} is {kind}, not Meta's consolidated.*.pth: {instead}"
+            )
     if not path.is_dir():
         return f"{path} is a file: {instead}"
     held = some_of([entry.name for entry in entries])

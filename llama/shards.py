@@ -28,6 +28,7 @@ NOT_SHARDS = {
 }
 LARGEST_LIST = 2**20  # bytes; the list of 65B's tensors takes 2**17
 LARGEST_DIRECTORY = 2**22  # bytes; that of 65B in one file takes 2**17
+OTHER = "it holds more than a flat dict of tensors"
 MOST_DIMENSIONS = 8
 LARGEST_SPAN = 4  # values from a tensor's first to its last for each of its own
 
@@ -230,7 +231,7 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
             case "SETITEM" | "SETITEMS":
                 target, *items = taken
                 if not all(type(name) is str for name in items[::2]):
-                    raise ValueError("a name in it is no text")
+                    raise ValueError(OTHER)
                 target.update(zip(items[::2], items[1::2]))
                 stack.append(target)
             case "BINPERSID":
@@ -245,14 +246,14 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
             case other:
                 raise ValueError(f"it holds the pickle operation {other}, which was not run")
     if type(tensors) is not dict or not all(type(x) is Piece for x in tensors.values()):
-        raise ValueError("it holds more than a flat dict of tensors")
+        raise ValueError(OTHER)
     return tensors
 
 
 def storage(_kind, dtype: torch.dtype, key: str, _device, size: int, records: dict, path: Path):
     """A storage, all its numbers in one row."""
     if [type(x) for x in (dtype, key, size)] != [torch.dtype, str, int]:
-        raise ValueError("it holds a storage of another kind")
+        raise ValueError(OTHER)
     offset, entry = records.get(f"data/{key}", (0, None))
     if entry is None or entry.file_size != size * dtype.itemsize:
         raise ValueError(f"no record is its storage {key}")
@@ -261,12 +262,11 @@ def storage(_kind, dtype: torch.dtype, key: str, _device, size: int, records: di
 
 def view(storage: Piece, first: int, shape: tuple, stride: tuple, _grad, _hooks, bits=None):
     """A tensor in a storage, as torch._utils._rebuild_tensor_v2 makes it."""
-    if bits or not (type(storage) is Piece and type(shape) is type(stride) is tuple):
-        raise ValueError("it holds a tensor of another kind")
-    if not len(shape) == len(stride) <= MOST_DIMENSIONS:
-        raise ValueError(f"it holds a tensor of {len(shape)} dimensions")
-    if not all(type(n) is int and 0 <= n < 2**48 for n in (first, *shape, *stride)):
-        raise ValueError("a tensor's shape or place is not of whole numbers")
+    if bits or [type(x) for x in (storage, shape, stride)] != [Piece, tuple, tuple]:
+        raise ValueError(OTHER)
+    numbers = all(type(n) is int and 0 <= n < 2**48 for n in (first, *shape, *stride))
+    if not numbers or not len(shape) == len(stride) <= MOST_DIMENSIONS:
+        raise ValueError("a tensor's shape is not one that a model has")
     offset = storage.offset + first * storage.dtype.itemsize
     tensor = replace(storage, offset=offset, shape=shape, stride=stride)
     if first + tensor.span > storage.span or tensor.span > LARGEST_SPAN * math.prod(shape):

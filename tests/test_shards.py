@@ -146,5 +146,7 @@ def test_forged(name, tmp_path):
 def test_views_whose_numbers_are_others_are_refused(bits, tmp_path):
     x = numbers(3, dtype=torch.cfloat).conj()
     torch.save({"x": x.imag if bits == "negative" else x}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="a tensor of another kind|names torch ComplexFloatStorage"):
+    with pytest.raises(
+        ValueError, match="more than a flat dict of tensors|names torch ComplexFloatStorage"
+    ):
         read(tmp_path / "x.pth")
