@@ -74,8 +74,7 @@ class Weight:
         return sum(piece.nbytes for row in self.pieces for piece in row)
 
     def blocks(self, targets: list[Tensor]) -> list[tuple[tuple[Piece, ...], tuple[Tensor, ...]]]:
-        """Blocks of rows: the pieces that stand side by side in one, and the same rows of targets,
-        which are those of `targets_in`."""
+        """Blocks of rows: pieces side by side, and the same rows of the targets (of targets_in)."""
         values = VALUES_A_BLOCK if len(targets) == 2 else BYTES_A_BLOCK // self.dtype.itemsize
         most = max(1, values // sum(math.prod(piece.shape[1:]) for piece in self.pieces[0]))
         blocks = [block for row in self.pieces for block in zip(*(p.split(most) for p in row))]
@@ -150,11 +149,11 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
                 for weight in layer:
                     path = weight.name.removesuffix(".weight")
                     tensors |= model.get_submodule(path).state_dict(prefix=f"{path}.")
-                    model.set_submodule(path, nn.Identity())  # which frees it
+                    model.set_submodule(path, nn.Identity())  # frees it once it is written
                 write(tensors, unfinished / f"consolidated.{i:02d}.pth")
         shutil.copy(tokenizer.path, unfinished / "tokenizer.model")
-        params = read_params(ckpt_dir) | {"int8_format": INT8_FORMAT}
-        (unfinished / "params.json").write_text(json.dumps(params))
+        params = json.dumps(read_params(ckpt_dir) | {"int8_format": INT8_FORMAT})
+        (unfinished / "params.json").write_text(params)
         unfinished.rename(out_dir)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -188,7 +187,7 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
     held = {file: list(shard) for file, shard in shards.items()}
     if holds_int8(shards):
         for group in model.linears():
-            allocate(group, torch.device("meta"))
+            allocate(group, torch.device("meta"))  # from here on state_dict has the int8 form
         held = {"the int8 files": [name for names in held.values() for name in names]}
     expected, planned = model.state_dict(), []
     for file, names in held.items():
@@ -205,16 +204,15 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
         for piece in pieces:
             check_piece(name, piece, tensor, dim, len(pieces))
         if not name.endswith(".weight_format"):
-            side_by_side = pieces if dim == 1 else pieces[:1]
-            below = [[piece] for piece in pieces[1:]] if dim == 0 else []
-            planned.append(Weight(name, [side_by_side, *below]))
+            rows = {0: [[piece] for piece in pieces], 1: [pieces], None: [pieces[:1]]}
+            planned.append(Weight(name, rows[dim]))
         elif pieces[0].read(Buffer()).item() != BY_ROWS:
             raise ValueError(f"{name} is not {BY_ROWS} (by rows): quantize the model again")
     return planned
 
 
 def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: int):
-    """ValueError unless it is one of so many pieces of such a tensor of the model, cut on dim."""
+    """ValueError unless `of` pieces like this one, joined on dim, make this tensor of the model."""
     file, shape = piece.path.name, tuple(tensor.shape)
     dtypes = FLOATS if tensor.is_floating_point() else (tensor.dtype,)
     if piece.dtype not in dtypes:

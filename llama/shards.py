@@ -28,9 +28,9 @@ NOT_SHARDS = {
 }
 LARGEST_LIST = 2**20  # bytes; the list of 65B's tensors takes 2**17
 LARGEST_DIRECTORY = 2**22  # bytes; that of 65B in one file takes 2**17
-OTHER = "it holds more than a flat dict of tensors"
 MOST_DIMENSIONS = 8
 LARGEST_SPAN = 4  # values from a tensor's first to its last for each of its own
+OTHER = "it holds more than a flat dict of tensors"
 
 
 class Buffer:
@@ -82,14 +82,12 @@ class Piece:
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
 
     def split(self, rows: int) -> list["Piece"]:
+        """Pieces of so many rows; the last may have fewer."""
+        count, *row = self.shape
         step = self.stride[0] * self.dtype.itemsize
         return [
-            replace(
-                self,
-                offset=self.offset + first * step,
-                shape=(min(rows, self.shape[0] - first), *self.shape[1:]),
-            )
-            for first in range(0, self.shape[0], rows)
+            replace(self, offset=self.offset + i * step, shape=(min(rows, count - i), *row))
+            for i in range(0, count, rows)
         ]
 
     def read(self, buffer: Buffer) -> Tensor:
