@@ -46,18 +46,13 @@ def read_params(ckpt_dir: Path) -> dict:
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no params.json in {ckpt_dir}: copy it from where the shards are")
-    content = read_bytes(path, LARGEST_PARAMS)
-    if len(content) == LARGEST_PARAMS:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes, expected about 100: download it again"
-        )
     try:
-        params = json.loads(content.decode("utf-8-sig"))
+        params = json.loads(read_bytes(path, LARGEST_PARAMS).decode("utf-8-sig"))
+        params = params.get("model", params) if isinstance(params, dict) else params
+        if not isinstance(params, dict):
+            raise ValueError(f"expected keys, found {params!r:.60}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
-    params = params.get("model", params) if isinstance(params, dict) else params
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds no JSON object: download it again")
+        raise ValueError(f"{path} is not a JSON object ({error}): download it again") from None
     version = params.pop("int8_format", INT8_FORMAT)
     if version != INT8_FORMAT:
         raise ValueError(
@@ -70,23 +65,21 @@ def read_params(ckpt_dir: Path) -> dict:
 def what_it_is(path: Path) -> str:
     """A sentence about a path that is no folder with shards, and what to pass instead."""
     models = sorted(shard.parent for shard in path.glob("*/consolidated.*.pth"))
-    instead = f"e.g. --ckpt_dir {one_line(str(models[0])) if models else '/w/13B'}"
-    entries = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    example = one_line(str(models[0]), 160) if models else "/w/13B"
+    instead = f"pass the model folder, e.g. --ckpt_dir {example}"
+    if not path.exists():
+        return f"{path} does not exist: {instead}"
+    entries = sorted(path.iterdir()) if path.is_dir() else [path]
     for entry in entries:
         if entry.suffix in OTHER_FORMATS:
-            verb = "is" if entry == path else "holds"
+            kind = OTHER_FORMATS[entry.suffix]
             return (
-                f"{path} {verb} {OTHER_FORMATS[entry.suffix]}: this program reads Meta's files "
-                f"(consolidated.00.pth and so on), pass a folder of those, {instead}"
+                f"{one_line(str(entry), 160)} is {kind}, not Meta's consolidated.*.pth: {instead}"
             )
     if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        return f"{path} {found}: pass the model folder, {instead}"
-    held = ", ".join(f"{one_line(entry.name)}{'/' * entry.is_dir()}" for entry in entries[:8])
-    return (
-        f"no consolidated.*.pth in {path} (it holds {held or 'nothing'}): pass the model folder, "
-        f"{instead}"
-    )
+        return f"{path} is a file: {instead}"
+    held = some_of([entry.name for entry in entries])
+    return f"no consolidated.*.pth in {path} (it holds {held}): {instead}"
 
 
 def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:

@@ -10,13 +10,10 @@ import ctypes
 import io
 import math
 import pickletools
-import re
-import struct
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -33,10 +30,7 @@ LARGEST_LIST = 2**20  # bytes; the list of 65B's tensors takes 2**17
 LARGEST_DIRECTORY = 2**22  # bytes; that of 65B in one file takes 2**17
 MOST_DIMENSIONS = 8
 LARGEST_SPAN = 4  # values from a tensor's first to its last for each of its own
-
-
-class NotTensors(ValueError):
-    """A list that holds something other than a flat dict of tensors."""
+OTHER = "it holds more than a flat dict of tensors"
 
 
 class Buffer:
@@ -46,14 +40,14 @@ class Buffer:
 
     def __init__(self, pinned: bool = False):
         self.pinned = pinned
-        self.memory: Tensor | None = None
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.views: dict[tuple, Tensor] = {}
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The memory in this shape; what an earlier view held is lost."""
         if (shape, dtype) not in self.views:
             nbytes = math.prod(shape) * dtype.itemsize
-            if self.memory is None or self.memory.nbytes < nbytes:
+            if self.memory.nbytes < nbytes:
                 self.memory = torch.empty(
                     nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned
                 )
@@ -80,41 +74,40 @@ class Piece:
     def contiguous(self) -> bool:
         return self.stride == tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
 
-    def as_matrix(self) -> "Piece":
-        """A vector as one row."""
-        if len(self.shape) == 2:
-            return self
-        return replace(self, shape=(1, *self.shape), stride=(math.prod(self.shape), *self.stride))
+    @property
+    def span(self) -> int:
+        """Values of its storage from its first to its last."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
 
     def split(self, rows: int) -> list["Piece"]:
+        """Pieces of so many rows; the last may have fewer."""
+        count, *row = self.shape
         step = self.stride[0] * self.dtype.itemsize
         return [
-            replace(
-                self,
-                offset=self.offset + first * step,
-                shape=(min(rows, self.shape[0] - first), *self.shape[1:]),
-            )
-            for first in range(0, self.shape[0], rows)
+            replace(self, offset=self.offset + i * step, shape=(min(rows, count - i), *row))
+            for i in range(0, count, rows)
         ]
 
     def read(self, buffer: Buffer) -> Tensor:
         """Its values, in the buffer."""
-        values = buffer.view((span(self.shape, self.stride),), self.dtype)
+        values = buffer.view((self.span,), self.dtype)
         self.read_into(values)
         return values.as_strided(self.shape, self.stride)
 
     def read_into(self, out: Tensor) -> None:
         """Fills out, contiguous, with the file's bytes from the piece's first value on. It reads
         rather than maps the file: where a disk fails, touching a mapping would kill the process."""
-        bytes_ = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+        rest = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.offset)
-                while bytes_:
-                    count = file.readinto(bytes_)
+                while rest:
+                    count = file.readinto(rest)
                     if not count:
                         raise OSError("it ends too early, and was longer before")
-                    bytes_ = bytes_[count:]
+                    rest = rest[count:]
         except OSError as error:
             raise OSError(
                 f"{self.path} could not be read ({error.strerror or error}): look after its disk, "
@@ -122,25 +115,14 @@ class Piece:
             ) from None
 
 
-def span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Values of its storage from a tensor's first to its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(shape, stride)) if all(shape) else 0
-
-
 def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
     """File name -> its tensors, none of them read yet."""
     names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
-    strange = [name for name in names if not re.fullmatch(r"consolidated\.\d{2,}\.pth", name)]
-    if strange:
-        raise ValueError(
-            f"{ckpt_dir} holds {some_of(strange)}, expected consolidated.00.pth and so on alone: "
-            "move what is no shard elsewhere"
-        )
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
     if absent := sorted(set(expected) - set(names)):
         raise FileNotFoundError(
-            f"{ckpt_dir} holds {some_of(names)} but not {some_of(absent)}: "
-            "fetch the missing shard, download.sh resumes"
+            f"{ckpt_dir} holds {some_of(names)} but not {some_of(absent)}: fetch the missing "
+            "shard (download.sh resumes), or move what is no shard elsewhere"
         )
     return {name: open_shard(ckpt_dir / name) for name in expected}
 
@@ -149,27 +131,20 @@ def open_shard(path: Path) -> dict[str, Piece]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
     start = read_bytes(path, 64)
-    kind = next((kind for begin, kind in NOT_SHARDS.items() if start.startswith(begin)), None)
-    if kind:
-        raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
+    for begin, kind in NOT_SHARDS.items():
+        if start.startswith(begin):
+            raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
     try:
         with CappedReader(io.FileIO(path)) as file:
             records = records_of(file)
             if "byteorder" in records and content(file, *records["byteorder"]) != b"little":
                 raise ValueError("its numbers are of another byte order")
-            if "data.pkl" not in records:
-                raise ValueError("it has no list of tensors")
             tensors = tensors_of(content(file, *records["data.pkl"]), records, path)
-    except NotTensors as error:
-        raise ValueError(
-            f"{path} holds more than a flat dict of tensors ({one_line(str(error))}), none of it "
-            "was run: pass Meta's original checkpoint"
-        ) from None
     except Exception as error:  # a damaged file can raise any
         reason = one_line(str(error) or repr(error), 160)
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): "
-            "compare it with checklist.chk, download it again"
+            f"{path} ({path.stat().st_size:,} bytes) is cut short, damaged or not a "
+            f"checkpoint ({reason}): compare it with checklist.chk, download it again"
         ) from None
     return {name: piece for name, piece in tensors.items() if not name.endswith("rope.freqs")}
 
@@ -186,28 +161,22 @@ def records_of(file: io.BufferedReader) -> dict[str, tuple[int, zipfile.ZipInfo]
     """Where the bytes of a zip file's records begin, by their names without folder and in lower
     case, as torch looks for them. ValueError unless they are as torch.save writes them, one behind
     the other from the file's start: a place that is wrong would be other weights."""
+    folders, records = set(), {}
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
-    folders, records = set(), {}
-    for entry, end in zip(entries, ends):
-        file.seek(entry.header_offset)
-        mark, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
-        name = file.read(name_size).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
-        offset = entry.header_offset + 30 + name_size + extra_size
-        file.seek(offset + entry.file_size)
-        # Size and CRC are repeated behind a record that was written before they were known.
-        repeated = entry.flag_bits & 8 and entry.file_size and file.read(4) == b"PK\7\10"
-        if (
-            (mark, name) != (b"PK\3\4", entry.orig_filename)
-            or entry.compress_type != zipfile.ZIP_STORED
-            or entry.compress_size != entry.file_size
-            or end - offset - entry.file_size not in ((16, 24) if repeated else (0,))
-        ):
-            raise ValueError(f"its record {one_line(name)} is not as torch.save writes it")
-        folder, _, name = name.partition("/")
-        folders.add(folder)
-        records[name.lower()] = offset, entry
+        ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
+        for entry, end in zip(entries, ends):
+            archive.open(entry).close()  # compares the header before the bytes, and stops behind it
+            offset, size = file.tell(), entry.file_size
+            file.seek(offset + size)
+            # Size and CRC are repeated behind a record that was written before they were known.
+            gaps = (16, 24) if file.read(4) == b"PK\7\10" else (0,)
+            stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == size
+            if not stored or end - offset - size not in gaps:
+                raise ValueError(f"its record {entry.orig_filename} is not as torch.save writes it")
+            folder, _, name = entry.orig_filename.partition("/")
+            folders.add(folder)
+            records[name.lower()] = offset, entry
     if len(folders) != 1 or len(records) < len(entries) or entries[0].header_offset:
         raise ValueError("its records are not one folder of files of different names")
     return records
@@ -227,30 +196,32 @@ def content(file: io.BufferedReader, offset: int, entry: zipfile.ZipInfo) -> byt
 def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
     """The tensors that a pickle lists, made of strings, numbers, tuples and dicts. The type of a
     value is checked first: to hash, compare or print a tuple of tuples can take forever."""
-    stack, memo = [], {}
+    stack, memo, mark = [], {}, pickletools.markobject
     for operation, argument, _ in pickletools.genops(code):
         before, taken = operation.stack_before, []
-        if pickletools.markobject in before:
-            while (value := stack.pop()) is not pickletools.markobject:
+        if mark in before:
+            while (value := stack.pop()) is not mark:
                 taken.append(value)
-            before = before[: before.index(pickletools.markobject)]
+            before = before[: before.index(mark)]
         taken += [stack.pop() for _ in before]
         taken.reverse()
         match operation.name:
+            case "PROTO":
+                pass
             case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
                 stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append(operation.name == "NEWTRUE")
+            case "NONE" | "NEWTRUE" | "NEWFALSE":  # nothing depends on them
+                stack.append(None)
             case "GLOBAL":
                 if argument not in GLOBALS:
-                    raise NotTensors(argument)
+                    raise ValueError(f"it names {argument}, which was not run")
                 stack.append(GLOBALS[argument])
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "MARK":
-                stack.append(pickletools.markobject)
+                stack.append(mark)
             case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(taken))
             case "EMPTY_DICT":
@@ -258,60 +229,60 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
             case "SETITEM" | "SETITEMS":
                 target, *items = taken
                 if not all(type(name) is str for name in items[::2]):
-                    raise NotTensors("a name that is no text")
+                    raise ValueError(OTHER)
                 target.update(zip(items[::2], items[1::2]))
                 stack.append(target)
             case "BINPERSID":
                 stack.append(storage(*taken[0], records, path))
             case "REDUCE":
                 function, arguments = taken
-                if type(function) is not FunctionType:
-                    raise NotTensors("a call of what is no function")
-                stack.append(function(*arguments))
+                stack.append(function(*arguments))  # of GLOBALS: nothing else can be called
             case "BUILD":  # attributes of an OrderedDict, as a module's state_dict() has them
                 stack.append(taken[0])
             case "STOP":
                 [tensors] = taken
-            case "PROTO":
-                pass
             case other:
-                raise NotTensors(f"the pickle operation {other}")
+                raise ValueError(f"it holds the pickle operation {other}, which was not run")
     if type(tensors) is not dict or not all(type(x) is Piece for x in tensors.values()):
-        raise NotTensors("what is no tensor")
+        raise ValueError(OTHER)
     return tensors
 
 
-def storage(kind: str, dtype: torch.dtype, key: str, _, size: int, records: dict, path: Path):
+def storage(_kind, dtype: torch.dtype, key: str, _device, size: int, records: dict, path: Path):
     """A storage, all its numbers in one row."""
-    if [type(x) for x in (kind, dtype, key, size)] != [str, torch.dtype, str, int]:
-        raise NotTensors("a storage of another kind")
-    offset, entry = records.get(f"data/{key}", (0, None)) if len(key) < 20 else (0, None)
-    if kind != "storage" or entry is None or entry.file_size != size * dtype.itemsize:
-        raise ValueError(f"no record is its storage {one_line(key)}")
+    if [type(x) for x in (dtype, key, size)] != [torch.dtype, str, int]:
+        raise ValueError(OTHER)
+    offset, entry = records.get(f"data/{key}", (0, None))
+    if entry is None or entry.file_size != size * dtype.itemsize:
+        raise ValueError(f"no record is its storage {key}")
     return Piece(path, offset, dtype, (size,), (1,))
 
 
 def view(storage: Piece, first: int, shape: tuple, stride: tuple, _grad, _hooks, bits=None):
     """A tensor in a storage, as torch._utils._rebuild_tensor_v2 makes it."""
-    if bits:
-        raise NotTensors("a negative or conjugate view")
-    if not (type(storage) is Piece and type(shape) is type(stride) is tuple):
-        raise NotTensors("a tensor of another kind")
-    if not len(shape) == len(stride) <= MOST_DIMENSIONS:
-        raise NotTensors(f"a tensor of {len(shape)} dimensions")
-    if not all(type(n) is int and 0 <= n < 2**48 for n in (first, *shape, *stride)):
-        raise ValueError("a tensor's shape or place is not of whole numbers")
-    values = span(shape, stride)
-    if first + values > math.prod(storage.shape) or values > LARGEST_SPAN * math.prod(shape):
-        raise ValueError("a tensor is not within its storage, or spread over far more than itself")
+    if bits or [type(x) for x in (storage, shape, stride)] != [Piece, tuple, tuple]:
+        raise ValueError(OTHER)
+    numbers = all(type(n) is int and 0 <= n < 2**48 for n in (first, *shape, *stride))
+    if not numbers or not len(shape) == len(stride) <= MOST_DIMENSIONS:
+        raise ValueError("a tensor's shape is not one that a model has")
     offset = storage.offset + first * storage.dtype.itemsize
-    return replace(storage, offset=offset, shape=shape, stride=stride)
+    tensor = replace(storage, offset=offset, shape=shape, stride=stride)
+    if first + tensor.span > storage.span or tensor.span > LARGEST_SPAN * math.prod(shape):
+        raise ValueError("a tensor is not within its storage, or spread over far more than itself")
+    return tensor
 
 
 # What a list of tensors may name, and what stands for it here: nothing of torch's is called.
-TYPES = {name: getattr(torch, name.lower()) for name in "Half BFloat16 Float Double Bool".split()}
-TYPES |= {"Byte": torch.uint8, "Char": torch.int8, "Int": torch.int, "Long": torch.long}
-GLOBALS = {f"torch {name}Storage": dtype for name, dtype in TYPES.items()} | {
+GLOBALS = {
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch FloatStorage": torch.float32,
+    "torch DoubleStorage": torch.float64,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch IntStorage": torch.int32,
+    "torch LongStorage": torch.int64,
+    "torch BoolStorage": torch.bool,
     "collections OrderedDict": lambda: {},
     "torch._utils _rebuild_tensor_v2": view,
     "torch._utils _rebuild_parameter": lambda tensor, grad, hooks: tensor,

@@ -224,12 +224,12 @@ def without(*names):
 
 PAGE = "<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476939516\n"
-DAMAGED = rf"{SHARD} \([\d,]+ bytes\) is truncated or not a checkpoint"
-RUNS = rf"{SHARD} holds more than a flat dict of tensors \(.+\), none of it was run: pass Meta"
+DAMAGED = rf"{SHARD} \([\d,]+ bytes\) is cut short, damaged or not a checkpoint"
+RUNS = DAMAGED + r" \((it holds more than a flat dict of tensors|.+, which was not run)\)"
 MOVED = DAMAGED + r" \(its record \S+ is not as torch.save writes it\)"
 FOLDER = DAMAGED + r" \(its records are not one folder of files of different names\)"
 UNLIKE = rf"{SHARD} and params.json do not belong together"
-NOT_JSON = r"params.json is not JSON \(.*\): download it again"
+NOT_JSON = r"params.json is not a JSON object \(.*\): download it again"
 NOT_FINITE = "holds values that are not finite in fp16"
 KIND = "expected torch.float16 or torch.bfloat16 or torch.float32: pass Meta's original"
 TOKENIZER = r"tokenizer.model \([\d,]+ bytes\) is not a sentencepiece model"
@@ -245,14 +245,14 @@ SHARDS = {
     "params in zeros": (put("params.json", bytes(200)), NOT_JSON),
     "params a number of 10,000 digits": (put("params.json", '{"dim": ' + "9" * 10**4), NOT_JSON),
     "params nested 100,000 deep": (put("params.json", '{"a":' * 10**5), NOT_JSON),
-    "params a list": (put("params.json", "[4096]"), "params.json holds no JSON object"),
-    "params null": (put("params.json", "null"), "params.json holds no JSON object"),
-    "params nested, no object": (put("params.json", '{"model": 7}'), "holds no JSON object"),
+    "params a list": (put("params.json", "[4096]"), NOT_JSON),
+    "params null": (put("params.json", "null"), NOT_JSON),
+    "params nested, no object": (put("params.json", '{"model": 7}'), NOT_JSON),
     "params nested twice": (
         put("params.json", '{"model": {"model": {"dim": 64}}}'),
         "params.json lacks dim, n_layers, n_heads, norm_eps",
     ),
-    "params of a gigabyte": (sparse("params.json", 2**30), "params.json has 1,073,741,824 bytes"),
+    "params of a gigabyte": (sparse("params.json", 2**30), NOT_JSON),
     "params a folder": (folder_for("params.json"), "no params.json in"),
     "params a symlink to itself": (linked("params.json", "params.json"), "no params.json in"),
     "params a pipe": (pipe_for("params.json"), "no params.json in"),
@@ -267,9 +267,15 @@ SHARDS = {
     "dim null": (params(dim=None), "params.json: dim is None, expected a whole number"),
     "dim a list": (params(dim=[64]), r"params.json: dim is \[64\], expected a whole number"),
     "dim of terabytes": (params(dim=10**9), "dim is 1000000000, expected a whole number, from"),
-    "dim the largest": (params(dim=2**17), r"by params.json 2 shards ask for"),
+    "dim the largest": (
+        params(dim=2**17),
+        r"but params.json asks for \(4096, 131072\) from 2 shards together",
+    ),
     "dim odd": (params(dim=66, n_heads=22), "expected heads of one even width"),
-    "feed forward of terabytes": (params(ffn_dim_multiplier=100), "by params.json 2 shards ask"),
+    "feed forward of terabytes": (
+        params(ffn_dim_multiplier=100),
+        r"asks for \(17024, 64\) from 2 shards",
+    ),
     "feed forward infinite": (params(ffn_dim_multiplier=1e999), "ffn_dim_multiplier is inf"),
     "layers of terabytes": (params(n_layers=10**12), "params.json: n_layers is 1000000000000"),
     "1,000 layers": (params(n_layers=1000), "belong together: missing layers.2.* and 8979 more"),
@@ -297,11 +303,14 @@ SHARDS = {
     "shard a device": (linked(SHARD, "/dev/zero"), f"{SHARD} is not a file"),
     "shard by another name": (
         renamed(SHARD, "consolidated.1.pth"),
-        "holds consolidated.00.pth, consol|holds consolidated.1.pth, exp",
+        "holds consolidated.00.pth, consolidated.1.pth but not consolidated.01.pth",
     ),
-    "shard more": (copied(SHARD, "consolidated.02.pth"), "3 shards do not divide tok_embeddings"),
+    "shard more": (copied(SHARD, "consolidated.02.pth"), "from 3 shards together: take all files"),
     "shard more by number": (copied(SHARD, "consolidated.05.pth"), "but not consolidated.02.pth"),
-    "shard less": (lambda f: (f / SHARD).unlink(), r"it is one of 2 shards\): take all files"),
+    "shard less": (
+        lambda f: (f / SHARD).unlink(),
+        r"\(it is one of 2 shards\), but params.json asks for .*: take all files",
+    ),
     "shard first gone": (
         lambda f: (f / "consolidated.00.pth").unlink(),
         "holds consolidated.01.pth but not consolidated.00.pth",
@@ -377,7 +386,7 @@ SHARDS = {
     ),
     "a shape of 1,000 dimensions": (
         tensor("norm.weight", lambda x: torch.empty([1] * 1000)),
-        "of 1000 dimensions",
+        "a tensor's shape is not one",
     ),
     "a tensor spread over a thousand times its size": (
         tensor("tok_embeddings.weight", lambda x: torch.empty_strided(x.shape, (1000, 1))),
@@ -413,12 +422,12 @@ SHARDS = {
     "complex": (tensor("norm.weight", lambda x: x.to(torch.complex64)), RUNS),
     "float8": (tensor("norm.weight", lambda x: x.to(torch.float8_e5m2)), RUNS),
     "transposed": (tensor(f"{W2}.weight", lambda x: x.T), rf"{W2}.weight in {SHARD} is \("),
-    "a row less": (tensor(f"{WQ}.weight", lambda x: x[:-1].clone()), r"is \(31, 64\), but by"),
-    "no rows": (tensor(f"{WQ}.weight", lambda x: x[:0].clone()), r"is \(0, 64\), but by"),
-    "a dimension more": (tensor(f"{WQ}.weight", lambda x: x[None]), r"is \(1, 32, 64\), but by"),
+    "a row less": (tensor(f"{WQ}.weight", lambda x: x[:-1].clone()), r"is \(31, 64\), but"),
+    "no rows": (tensor(f"{WQ}.weight", lambda x: x[:0].clone()), r"is \(0, 64\), but"),
+    "a dimension more": (tensor(f"{WQ}.weight", lambda x: x[None]), r"is \(1, 32, 64\), but"),
     "a number for embeddings": (
         tensor("tok_embeddings.weight", lambda x: x[0, 0].clone()),
-        r"tok_embeddings.weight in \S+ is \(\), but by",
+        r"tok_embeddings.weight in \S+ is \(\), but",
     ),
     "embeddings of another tokenizer": (
         tensor("tok_embeddings.weight", lambda x: x[:-5].clone()),
@@ -440,16 +449,16 @@ SHARDS = {
     ),
     "safetensors": (
         renamed_all("model-{}.safetensors"),
-        r"tiny holds safetensors, .*: this program reads Meta's files \(consolidated.00.pth and",
+        r"safetensors is safetensors, .* not Meta's consolidated.*.pth: pass the model folder",
     ),
     "safetensors beside Meta's": (
         lambda f: [shutil.copytree(f, f / "original"), renamed_all("model-{}.safetensors")(f)],
-        "holds safetensors, .* e.g. --ckpt_dir .*tiny/original$",
+        "is safetensors, .* e.g. --ckpt_dir .*tiny/original$",
     ),
-    "GGUF": (renamed_all("model-{}.gguf"), "tiny holds a GGUF file: this program reads Meta's"),
+    "GGUF": (renamed_all("model-{}.gguf"), "gguf is a GGUF file, not Meta's"),
     "a GGUF file for a folder": (
         lambda f: renamed(SHARD, "x.gguf")(f) and f / "x.gguf",
-        "x.gguf is a GGUF file: this program reads Meta's files .* e.g. --ckpt_dir /w/13B$",
+        "x.gguf is a GGUF file, not Meta's .* e.g. --ckpt_dir /w/13B$",
     ),
     "tokenizer absent": (
         lambda f: (f / "tokenizer.model").unlink(),
@@ -509,8 +518,11 @@ INT8 = {
         "the int8 files and params.json .* missing norm.weight, output",
     ),
     "a file between gone": (lambda f: (f / LAYER).unlink(), f"but not {LAYER}"),
-    "a file twice": (copied(LAYER, "consolidated.02.pth"), "02.pth holds layers.0.* again"),
-    "a file more": (copied(LAYER, "consolidated.04.pth"), "04.pth holds layers.0.* again"),
+    "a file twice": (
+        copied(LAYER, "consolidated.02.pth"),
+        "missing layers.1.* left over layers.0.",
+    ),
+    "a file more": (copied(LAYER, "consolidated.04.pth"), "missing nothing, left over layers.0."),
     "a file of shards": (
         tensors(lambda found: {k: x.half() for k, x in found.items() if "SCB" not in k}, LAYER),
         f"missing {WQ}.SCB",
@@ -532,16 +544,16 @@ INT8 = {
     "codes transposed": (tensor(f"{W2}.weight", lambda x: x.T, LAYER), rf"{W2}.weight in {LAYER}"),
     "layout by columns": (
         tensor(f"{WQ}.weight_format", lambda x: x + 1, LAYER),
-        r"weight_format in .* is not 0 \(by rows\)",
+        r"weight_format is not 0 \(by rows\)",
     ),
     "layout absent": (tensors(without(f"{WQ}.weight_format"), LAYER), f"{WQ}.weight_format"),
     "layout twice": (
         tensor(f"{WQ}.weight_format", lambda x: x.repeat(2), LAYER),
         rf"weight_format in {LAYER} is \(2,\)",
     ),
-    "file cut short": (cut(LAYER, 0.7), rf"{LAYER} \([\d,]+ bytes\) is truncated"),
-    "file empty": (put(LAYER, ""), rf"{LAYER} \(0 bytes\) is truncated"),
-    "dim of another model": (params(dim=128), "by params.json 1 shard asks for"),
+    "file cut short": (cut(LAYER, 0.7), rf"{LAYER} \([\d,]+ bytes\) is cut short, damaged"),
+    "file empty": (put(LAYER, ""), rf"{LAYER} \(0 bytes\) is cut short, damaged"),
+    "dim of another model": (params(dim=128), r"but params.json asks for \(\d+, 128\): take"),
     "layers of another model": (params(n_layers=3), "missing layers.2.attention.wq.weight"),
 }
 FAULTS = {("shards", name): fault for name, fault in SHARDS.items()}

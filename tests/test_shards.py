@@ -136,7 +136,7 @@ def test_forged(name, tmp_path):
     try:
         found = read(tmp_path / "x.pth")
     except ValueError as error:
-        assert not is_read and "is truncated or not a checkpoint" in str(error)
+        assert not is_read and "is cut short, damaged or not a checkpoint" in str(error)
     else:
         assert is_read is not False
         assert_equal(found, tensors)
@@ -146,5 +146,7 @@ def test_forged(name, tmp_path):
 def test_views_whose_numbers_are_others_are_refused(bits, tmp_path):
     x = numbers(3, dtype=torch.cfloat).conj()
     torch.save({"x": x.imag if bits == "negative" else x}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="holds more than a flat dict of tensors"):
+    with pytest.raises(
+        ValueError, match="more than a flat dict of tensors|names torch ComplexFloatStorage"
+    ):
         read(tmp_path / "x.pth")
