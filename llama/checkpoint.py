@@ -9,7 +9,6 @@ blocks a thread on CUDA and at the finished model on the CPU.
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
 """
 
-import ctypes
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from llama.device import use_cores
 from llama.int8 import Int8Linear, allocate, check_finite, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.params import INT8_FORMAT, read_params
@@ -273,7 +273,7 @@ def stream(
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
         "{remaining} left",
     )
-    with bar, ThreadPoolExecutor(threads, initializer=work_on_one_core) as pool:
+    with bar, ThreadPoolExecutor(threads, initializer=use_cores, initargs=(1,)) as pool:
         try:
             for weight in planned:
                 blocks = weight.blocks(targets_in(model, weight, device, dtype))
@@ -291,14 +291,6 @@ def stream(
                     yield done
         finally:  # after an error nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def work_on_one_core() -> None:
-    """Of this thread alone. torch.set_num_threads is not: threads that begin meanwhile, or load
-    too, would find its 1 and keep it."""
-    torch.get_num_threads()  # at its first use in a thread torch sets OpenMP's number
-    with suppress(AttributeError):  # a torch without OpenMP: threads are many, no more
-        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 
 class Buffers(threading.local):

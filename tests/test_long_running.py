@@ -258,12 +258,12 @@ def test_loading_in_two_threads_changes_no_ones_thread_count():
 
 
 def test_a_loaders_thread_works_on_one_core():
-    from llama.checkpoint import work_on_one_core
+    from llama.device import use_cores
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert in_threads(lambda _: work_on_one_core() or torch.get_num_threads(), 2) == [1, 1]
+        assert in_threads(lambda _: use_cores(1) and torch.get_num_threads(), 2) == [1, 1]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

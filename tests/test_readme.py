@@ -123,7 +123,8 @@ def test_files_of_the_tree_exist():
     tree = re.search(r"^llama/\n((?:  \S.*\n)+)", README, re.M)[1]
     named = re.findall(r"^  \w+/|\w+\.py", tree, re.M)
     named = [name.strip(" /") for name in named]
-    there = {p.name for p in (ROOT / "llama").iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
+    there = {p.name for p in (ROOT / "llama").iterdir()}
+    there -= {"__init__.py", "__pycache__", "py.typed"}
     assert sorted(named) == sorted(there)
 
 
