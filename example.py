@@ -9,7 +9,7 @@ from llama.cli import printable, run
 from llama.generation import check_prompts
 
 prompts = [
-    "Once upon a time there was a little fox who"
+    "Once upon a time there was a little fox who",
     # "I believe the meaning of life is",
     # "Simply put, the theory of relativity states that",
 ]

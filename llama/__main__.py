@@ -21,31 +21,31 @@ from llama.settings import Settings
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file, one a line. A .jsonl file has them as JSON, and so has standard input
-    whose first line is that."""
+    """The prompts of a file, one per line: text, or JSON in a .jsonl file and in standard input
+    whose first line is a JSON object or whose lines are all JSON."""
     lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     source = "standard input" if path == "-" else path
     if not lines:
-        raise ValueError(f"{source} holds no prompt: pass a file with a prompt a line")
-    if not path.endswith(".jsonl") and (path != "-" or json_prompt(lines[0][1]) is None):
+        raise ValueError(f"{source} holds no prompt: pass a file with a prompt per line")
+    values = [parsed(line) for _, line in lines]
+    is_json = path == "-" and (isinstance(values[0], dict) or None not in values)
+    if not (is_json or path.endswith(".jsonl")):
         return [line for _, line in lines]
-    prompts = []
-    for n, line in lines:
-        prompts.append(json_prompt(line))
-        if prompts[-1] is None:
+    prompts = [value.get("prompt") if isinstance(value, dict) else value for value in values]
+    for prompt, (n, line) in zip(prompts, lines):
+        if not isinstance(prompt, str):
             expected = 'expected a JSON string or {"prompt": "..."}'
             raise ValueError(f"{source}, line {n} is {line!r:.60}, {expected}")
     return prompts
 
 
-def json_prompt(line: str) -> str | None:
-    """The prompt in a line of JSON, a string or an object's "prompt"; None if it has none."""
+def parsed(line: str) -> str | dict | None:
+    """The text or object that a line of JSON holds; None if it is no such line."""
     try:
         value = loads(line)
     except (ValueError, RecursionError):
         return None
-    value = value.get("prompt") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str | dict) else None
 
 
 def peak_memory(device: torch.device) -> int:
@@ -60,7 +60,7 @@ def peak_memory(device: torch.device) -> int:
 
 def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logprobs: bool) -> None:
     """Prints the continuations: a single one as it grows, of several each as soon as it and those
-    before it have ended. What they took goes to stderr."""
+    before it have ended. Timing goes to stderr."""
     started, shown, stream = time.perf_counter(), 0, len(prompts) == 1 and not json
     if stream:
         print(printable(prompts[0]), end="", flush=True)

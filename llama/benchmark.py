@@ -1,6 +1,6 @@
 """Times the model on this machine: python -m llama.benchmark --size 13B
 
-Measured is what a user waits for: the start of a process, the prefill of a prompt and the tokens
+It measures what a user waits for: the start of a process, the prefill of a prompt and the tokens
 that follow, for int8 with our kernels, int8 with bitsandbytes' product and fp16, beside the rate at
 which this GPU reads memory. The weights are random, made in memory, unless --ckpt_dir names a
 model, whose loading is timed too. As in trained models, norm weights are below 1 except for a few

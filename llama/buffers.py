@@ -9,10 +9,10 @@ from torch import Tensor
 
 from llama.model import ModelArgs
 
-MOST_ROWS = 32  # that `kernels.linear` multiplies at once; more rows go in groups
+MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 BLOCK_N = 64  # outputs a program of it, when there are several rows
 MAX_PARTS = 4  # into which it splits the columns of a weight
-MAX_SPLITS = 32  # of a sequence among the programs of `kernels.attend`; one program merges them
+MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
 BLOCK_KEPT = 16  # columns kept in fp16 that are added at once, the least of a tensor core
 
 
@@ -40,13 +40,13 @@ class DecodeBuffers:
         self.heads = torch.empty(B, args.dim, **half)
         self.hidden = torch.empty(B, args.hidden_dim, **half)
         self.logits = torch.empty(B, args.vocab_size, **single)
-        outputs = max(args.vocab_size, 3 * args.dim, args.hidden_dim)
+        outputs = max(args.vocab_size, heads * args.head_dim, args.hidden_dim, args.dim)
         self.linear = linear_buffers(outputs, device)
         self.attend = attend_buffers(B, args.n_heads, args.head_dim, device)
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For `kernels.vectorwise_quant` of M rows: A, CA, SCA, the first token of each column that
+    """For `llm_int8.vectorwise_quant` of M rows: A, CA, SCA, the first token of each column that
     reached the threshold, and what was kept: columns, how many, values."""
     half = {"dtype": torch.float16, "device": device}
     whole = {"dtype": torch.int32, "device": device}
@@ -58,7 +58,7 @@ def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def linear_buffers(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For `kernels.linear` with up to N outputs (a "swiglu" layer has half its weight's rows): the
+    """For `few_rows.linear` with up to N outputs (a "swiglu" layer has half its weight's rows): the
     partial sums of its programs, and how many have arrived."""
     tiles = -(-N // BLOCK_N)
     sums = tiles * BLOCK_N * MOST_ROWS * 2 * MAX_PARTS  # 2: both halves of "swiglu"
@@ -67,6 +67,6 @@ def linear_buffers(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def attend_buffers(B: int, H: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For `kernels.attend`: the results of the splits of each head, and how many have arrived."""
+    """For `attention.attend`: the results of the splits of each head, and how many have arrived."""
     partial = torch.zeros(B * H * MAX_SPLITS * (K + 2), dtype=torch.float32, device=device)
     return partial, torch.zeros(B * H, dtype=torch.int32, device=device)

@@ -42,7 +42,7 @@ from llama.tokenizer import Tokenizer
 VALUES_A_BLOCK = 2**22
 MOST_THREADS = 8
 BYTES_A_BLOCK = 2**22  # that a thread reads at once where nothing is to be quantized
-AHEAD = 4  # weights in work beside the one that is waited for
+AHEAD = 4  # weights that load concurrently after the one that is waited for
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
 
@@ -302,8 +302,8 @@ class Buffers(threading.local):
 
 
 def fill(buffers: Buffers, name: str, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
-    """Puts pieces of a weight that stand side by side where they belong, as values or as codes and
-    scales, on CUDA by way of pinned memory. ValueError if a value is not finite there."""
+    """Loads one block of a weight into its targets, as values or as codes and scales, by way of
+    pinned memory on CUDA. ValueError if a value is not finite."""
     here = [
         pinned.view(target.shape, target.dtype) if target.is_cuda else target
         for pinned, target in zip(buffers.pinned, targets)

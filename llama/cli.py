@@ -73,7 +73,8 @@ def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[
         else:
             name = flag_of(written, flags)
         if name in given:
-            raise ValueError(f"--{name} is given twice: give it once (--help says how for several)")
+            several = 'several texts are lines of a --prompt_file or --stop=\'["a", "b"]\''
+            raise ValueError(f"--{name} is given twice: give it once; {several}")
         given[name] = value if equals else "True" if flags[name].annotation is bool else None
         waiting = None if equals else name
     if empty := [name for name, value in given.items() if value is None]:
@@ -87,7 +88,8 @@ def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
     """The flag that a word such as --max-gen-len, or -c where no other begins with c, names."""
     name = written.lstrip("-").replace("-", "_")
     if not written.startswith("-") or not name:
-        raise ValueError(f"{written!r:.60} belongs to no flag: write --NAME=VALUE, see --help")
+        instead = "--prompt=TEXT" if "prompt" in flags else "--NAME=VALUE"
+        raise ValueError(f"{written!r:.60} belongs to no flag: write {instead}, see --help")
     starting = [flag for flag in flags if flag[0] == name]
     if name in flags or len(starting) == 1:
         return name if name in flags else starting[0]
@@ -109,6 +111,8 @@ def parse(flag: inspect.Parameter, value: str) -> Any:
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if str in kinds:
+            raise ValueError(f"{flag.name} is {value!r:.60}, which is not a whole list") from None
         return value
 
 

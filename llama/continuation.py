@@ -24,9 +24,9 @@ class Continuation:
         self._began = time.perf_counter()
         self._text: list[str] = []
         self._held = ""  # text that may begin a stop string
-        # Ids that make the next ones' text right (a leading space, say), and how long theirs is.
+        # Ids to decode before the new ones (for a leading space, say), and how long their text is.
         self._before, self._skip = prompt_ids, len(tokenizer.decode(prompt_ids))
-        self._decoded = self._read = 0  # how many of ids, of _text
+        self._decoded = self._read = 0  # ids that were decoded, parts of _text that were read
 
     @property
     def text(self) -> str:
@@ -73,7 +73,7 @@ class Continuation:
             self._held += text[self._skip :]
             if alone:
                 self._before, self._skip = new, len(alone)
-            else:  # what has no text of its own does not keep the next one's leading space
+            else:  # ids without text of their own do not keep the next one's leading space
                 self._before, self._skip = self._before + new, len(text)
 
         end = len(self._held)

@@ -1,8 +1,8 @@
 """The decoder: a running batch of sequences, each in a slot with its own length.
 
-`prefill(slot, ids)` begins a sequence while those in the other slots wait; `step()` returns the
-newest token of every slot. A slot's tokens are drawn from its own logits with its own random
-numbers, so that no sequence depends on the others.
+`prefill(slot, ids, uniform)` begins a sequence while those in the other slots wait; `step()`
+returns the newest token of every slot. A slot's tokens are drawn from its own logits with its own
+random numbers, so that no sequence depends on the others.
 
 Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
 `fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:
@@ -78,13 +78,13 @@ class Decoder:
         self.newest = torch.zeros(slots, **whole)
         self.logprobs = torch.zeros(slots, **single) if logprobs else None
         self.left = [0] * slots  # tokens still to be drawn
-        self.behind = False  # whether step() has returned all that were drawn
+        self.returned = False  # whether step() has returned the newest tokens
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, slot: int, ids: list[int], uniform: Tensor) -> None:
         """Begins a sequence with ids in a slot and draws its first token. uniform (n,), on the
         host, has a number in [0, 1) for each token to come, of which there is at least one."""
-        if self.behind:
+        if self.returned:
             self._advance()
         start, end = len(ids), len(ids) + len(uniform)
         self.tokens[slot, :start] = torch.tensor(ids, device="cpu")
@@ -97,14 +97,14 @@ class Decoder:
     def step(self) -> list[list]:
         """The newest token of every slot, NOT_FINITE where its logits were not all finite; with
         logprobs, a second list has theirs. A sequence that has ended goes on in its last place:
-        nobody reads it. Where a graph can, it computes the tokens after these meanwhile."""
-        if self.behind:
+        nobody reads it. With a CUDA graph the next step already runs meanwhile."""
+        if self.returned:
             self._advance()
         drawn = [self.newest] if self.logprobs is None else [self.newest, self.logprobs]
         drawn = [values.to("cpu", non_blocking=True) for values in drawn]
         arrived = torch.cuda.current_stream().record_event() if self.newest.is_cuda else None
-        self.behind = max(self.left) > 0
-        if self.behind and self.engine.capturable:
+        self.returned = max(self.left) > 0
+        if self.returned and self.engine.capturable:
             self._advance()
         if arrived:
             arrived.synchronize()
@@ -112,7 +112,7 @@ class Decoder:
 
     def _advance(self) -> None:
         """Computes what follows the newest token of every slot, and draws the next."""
-        self.behind = False
+        self.returned = False
         self.left = [max(0, n - 1) for n in self.left]
         if self.engine.capturable:
             self.graph = self.graph or self._capture()

@@ -36,8 +36,8 @@ class FusedEngine:
         self.buffers = DecodeBuffers(model.args, cache.k.shape[1], cache.k.device)
 
     def prefill(self, slot: int, tokens: Tensor) -> Tensor:
-        """The residual stream (T, D) float32 of tokens (T,) after all layers, which the head reads;
-        the sequence begins with them. Fills the cache."""
+        """Runs the first tokens (T,) of a sequence and fills its cache. Returns the residual stream
+        (T, D) float32 after all layers, which the head reads."""
         args, rotation = self.model.args, self.model.rotation
         buffers = PrefillBuffers(args, len(tokens), tokens.device)
         residual, qkv, w13 = buffers.residual, buffers.qkv, buffers.w13
@@ -45,14 +45,14 @@ class FusedEngine:
         heads = args.n_heads, args.kv_heads, args.kv_heads
         q, k, v = qkv.view(1, len(tokens), -1, args.head_dim).split(heads, 2)
 
-        def multiply(x, weights, out, then, room, before="nothing", gain=None):
-            codes = vectorwise_quant(x, OUTLIER_THRESHOLD, room, before, gain, args.norm_eps)
-            mixed_scaled_mm(*codes, *weights, out, then)
+        def multiply(x, weights, out, then, codes, before="nothing", gain=None):
+            rounded = vectorwise_quant(x, OUTLIER_THRESHOLD, codes, before, gain, args.norm_eps)
+            mixed_scaled_mm(*rounded, *weights, out, then)
 
         caches = self.cache.k[:, slot], self.cache.v[:, slot]
         layers = zip(self.model.layers, self.layers, *caches)
-        with closing(repeating(layers)) as layers:
-            for layer, (wqkv, wo, w1w3, w2), keys, values in layers:
+        with closing(repeating(layers)) as alike:
+            for layer, (wqkv, wo, w1w3, w2), keys, values in alike:
                 gain = layer.attention_norm.weight
                 multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", gain)
                 rotate(qkv, keys, values, rotation)

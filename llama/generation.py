@@ -2,8 +2,8 @@
 `score` says how likely a text is.
 
 A prompt becomes ids, which go into a slot of a `Decoder`; from then on each step gives every slot
-its next id, and a `Continuation` turns them into text. What belongs to a call is its own, so that
-calls may be abandoned or interleaved. Threads may share a model: they take turns, a step at a time.
+its next id, and a `Continuation` turns them into text. Each call has its own state, so that calls
+may be abandoned or interleaved. Threads may share a model: they take turns, a step at a time.
 """
 
 import os
@@ -62,7 +62,7 @@ class LLaMA:
         """Loads a model folder in Meta's format; without a folder, the small demo model.
 
         Progress goes to stderr. OSError, ValueError, MemoryError or ImportError say in one sentence
-        what is wrong, before anything long starts where that can be.
+        what is wrong, before loading starts where possible.
 
         Args:
             ckpt_dir: model folder in Meta's format (the demo model if not given)
@@ -71,7 +71,7 @@ class LLaMA:
             max_batch_size: most prompts continued at once
             use_int8: False keeps the weights in fp16 (float32 on the CPU)
             device: cuda, cuda:1 or cpu (CUDA if there is any)
-            engine: on CUDA in int8: triton, or bnb for bitsandbytes' product, the reference
+            engine: int8 on CUDA: triton (our kernels) or bnb (bitsandbytes, the reference)
         """
         if not isinstance(use_int8, bool):
             raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
@@ -110,7 +110,7 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> list[str]:
-        """Each prompt with its continuation, in order. They go in groups of max_batch_size.
+        """Returns each prompt followed by its continuation, in order, max_batch_size at a time.
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a
@@ -118,14 +118,15 @@ class LLaMA:
         not fit; FloatingPointError if the model computes logits that are not finite.
 
         Args:
+            prompts: a list of any length
             max_gen_len: longest continuation, in tokens
             temperature: 0 takes the most likely token, 1 samples from the model's distribution
-            top_p: samples from the most likely tokens that have this probability together
-            repetition_penalty: above 1 makes tokens that are already there less likely
-            repetition_penalty_range: how many of the last tokens count as already there
-            repetition_penalty_slope: above 0 penalizes the older of them less
-            seed: gives a prompt the same text again in the same place of the list
-            stop: text before which a continuation ends, or a list of such texts
+            top_p: samples from the fewest most likely tokens whose probabilities reach this sum
+            repetition_penalty: above 1 makes tokens that are already in the text less likely
+            repetition_penalty_range: how many of the last tokens count for that
+            repetition_penalty_slope: 0 penalizes them equally; above 0 older tokens less
+            seed: the same seed, prompt and place in the list give the same text again
+            stop: ends a continuation before this text, or before any of a list
             top_k: samples from this many of the most likely tokens; 0 from all
             min_p: samples from tokens at least this fraction as likely as the most likely one
         """
@@ -324,7 +325,10 @@ def check_prompts(
     max_seq_len: int = 512,
 ) -> None:
     """Raises what `generate` would raise for these prompts, without loading any weights."""
-    args, tokenizer = read_model(model_folder(ckpt_dir), tokenizer_path, max_seq_len=max_seq_len)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `build` will give them
+        folder = model_folder(ckpt_dir)
+        args, tokenizer = read_model(folder, tokenizer_path, max_seq_len=max_seq_len)
     encode(prompts, tokenizer, args.max_seq_len)
 
 
@@ -341,13 +345,13 @@ def model_folder(ckpt_dir: str | Path | None) -> Path:
 def encode(
     texts: list[str], tokenizer: Tokenizer, max_seq_len: int, called: str = "prompt"
 ) -> list[list[int]]:
-    """Ids of each text after that of the beginning; ValueError for what is no text or too long."""
+    """BOS and token ids of each text; ValueError if one is not text or is too long."""
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{called}s is {texts!r:.60}, expected a list of strings")
     all_ids = []
     for i, text in enumerate(texts, 1):
         if re.search(r"[\ud800-\udfff]", text):
-            raise ValueError(f"{called} {i} holds half a character (a lone surrogate): mend it")
+            raise ValueError(f"{called} {i} holds half a character (a lone surrogate): fix it")
         ids = tokenizer.encode(text, bos=True, eos=False)
         if len(ids) > max_seq_len:
             raise ValueError(

@@ -56,8 +56,8 @@ class ModelArgs:
 
 class KVCache:
     """Keys and values of B sequences of at most S tokens: two tensors (n_layers, B, S, Hkv, K), in
-    fp16 4 x n_layers x Hkv x K bytes a token. What is not yet written is zero: it is masked, but a
-    NaN would still poison the sum."""
+    fp16 4 x n_layers x Hkv x K bytes a token. It begins with zeros: what is not yet written is
+    masked, but a NaN there would still poison the sum."""
 
     def __init__(
         self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype, device: torch.device
@@ -67,7 +67,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def slot(self, i: int) -> "KVCache":
-        """That of sequence i alone, a view of this one's memory."""
+        """The cache of sequence i, a view of this one's memory."""
         view = copy.copy(self)
         view.k, view.v = self.k[:, i : i + 1], self.v[:, i : i + 1]
         return view
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs, linear: type[nn.Linear] = Int8Linear):
         super().__init__()
         self.args = args
-        # nn.Embedding itself begins with normal_(), which imports torch._dynamo: a second a start.
+        # nn.Embedding itself begins with normal_(), which imports torch._dynamo: 1 s a start.
         table = torch.empty(args.vocab_size, args.dim).uniform_(-1, 1)
         self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(TransformerBlock(args, linear) for _ in range(args.n_layers))

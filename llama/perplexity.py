@@ -3,8 +3,9 @@
 Windows of a text are scored in floating point (fp16, on a CPU float32) and in int8, on CUDA with
 each engine. Perplexity is exp of the mean negative log-probability of a token. The Kullback-Leibler
 divergence (p log(p / q) summed over the vocabulary, p in floating point) and how often both rank
-the same token first need less text to tell. Intervals of 95 % come from resampling whole windows.
-The log-probabilities in floating point wait in host memory: 2 GiB for 32 windows of 512 tokens.
+the same token first show a difference with less text. Intervals of 95 % come from resampling
+whole windows. The log-probabilities in floating point wait in host memory: 2 GiB for 32 windows of
+512 tokens.
 """
 
 import gc

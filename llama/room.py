@@ -43,19 +43,19 @@ class Need:
 
 def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Need:
     """For `batch` sequences of `length` tokens; the model may be on the meta device."""
-    cache = KVCache(model.args, batch, length, dtype, META)
+    args = model.args
+    cache = KVCache(args, batch, length, dtype, META)
+    rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
     return Need(
-        sum(map(pooled, weight_sizes(model, dtype))),
+        rotation + sum(map(pooled, weight_sizes(model, dtype))),
         pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
-        work_bytes(model.args, batch, length),
+        work_bytes(args, batch, length),
     )
 
 
 def weight_sizes(model: Transformer, dtype: torch.dtype) -> list[int]:
     """Bytes of each tensor that the loader makes, dtype being that of weights that are not int8."""
-    args = model.args
-    sizes = [args.max_seq_len * args.head_dim * torch.float32.itemsize]  # the rotation table
-    sizes += [
+    sizes = [
         parameter.numel() * dtype.itemsize
         for module in model.modules()
         if not isinstance(module, Int8Linear)
@@ -69,7 +69,7 @@ def weight_sizes(model: Transformer, dtype: torch.dtype) -> list[int]:
 
 
 def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
-    return sum(weight_sizes(model, dtype)[1:])
+    return sum(weight_sizes(model, dtype))
 
 
 def cache_bytes(args: ModelArgs, batch: int, length: int, dtype: torch.dtype) -> int:
@@ -115,8 +115,8 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
         warnings.warn(
             f"{args.max_batch_size} sequences of {args.max_seq_len} tokens need "
             f"{(every.cache + every.work) / GIB:.1f} GiB, {device} has "
-            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: so many at once, if as "
-            "long, will be refused (see python -m llama.memory)",
+            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: batches that "
+            "large will be refused (see python -m llama.memory)",
             stacklevel=5,  # of whoever called LLaMA.build
         )
 

@@ -35,8 +35,8 @@ OTHER = "it holds more than a flat dict of tensors"
 
 class Buffer:
     """Memory that one thread uses again for block after block. In fresh memory, which the kernel
-    gives page by page, quantizing took twice as long; views are kept since each call of torch costs
-    a thread among others 33 us, the wait for Python (16 cores of an H200 machine, 2026-11-23)."""
+    gives page by page, quantizing took twice as long; views are kept since a call of torch
+    costs 33 us, waiting for the GIL, when threads compete (16 cores, H200 machine, 2026-11-23)."""
 
     def __init__(self, pinned: bool = False):
         self.pinned = pinned

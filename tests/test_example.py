@@ -55,6 +55,7 @@ def edited(tmp_path, prompts):
     """A copy of the script with other prompts and without its docstring, as a user may edit it."""
     _, _, text = (ROOT / "example.py").read_text().split('"""', 2)
     start, end = text.index("prompts = ["), text.index("\n]\n") + 2
+    assert text[start:end].count('",\n') == 3  # so that uncommenting one makes no longer string
     (tmp_path / "mine.py").write_text(f"{text[:start]}prompts = {prompts}{text[end:]}")
     return tmp_path / "mine.py"
 

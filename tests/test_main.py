@@ -98,11 +98,11 @@ def test_json_has_what_was_generated(run, demo):
         (["--max-tokens", "5"], "unknown flag --max-tokens: did you mean --max_gen_len?"),
         (["--model", "13B"], "unknown flag --model: did you mean --ckpt_dir?"),
         (["--temp=1"], "unknown flag --temp: did you mean --temperature?"),
-        (["The king"], "'The king' belongs to no flag: write --NAME=VALUE"),
+        (["The king"], "'The king' belongs to no flag: write --prompt=TEXT"),
         (["--prompt=a", "--prompt", "b"], "--prompt is given twice: give it once"),
         (["--prompt=-", "--prompt_file=-"], "- is all of standard input, which can be read once"),
         (["--prompt=-", "--interactive"], "- is all of standard input"),
-        (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt a line"),
+        (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt per line"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -119,7 +119,7 @@ def test_mistakes(run, words, message):
     ids=["broken", "number", "other key", "deep"],
 )
 def test_mistakes_in_json_lines(run, tmp_path, line, found):
-    (tmp_path / "p.jsonl").write_text(f'"fine"\n{line}\n')
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "fine"}}\n{line}\n')
     for file, source in ((tmp_path / "p.jsonl", tmp_path / "p.jsonl"), ("-", "standard input")):
         stdin = (tmp_path / "p.jsonl").read_bytes()
         status, out, err = run("--prompt_file", file, stdin=stdin)

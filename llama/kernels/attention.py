@@ -10,7 +10,7 @@ from llama.buffers import MAX_SPLITS
 from llama.kernels.launch import dependent
 
 
-def attend_torch(qkv, k_cache, v_cache, positions, rotation, out, splits=None) -> None:
+def attend_torch(qkv, k_cache, v_cache, positions, rotation, out, buffers=None) -> None:
     B, S, Hkv, K = k_cache.shape
     H = qkv.shape[1] // K - 2 * Hkv
     q, k, v = qkv.view(B, -1, K).split([H, Hkv, Hkv], 1)
@@ -112,16 +112,16 @@ def attend(
     positions: Tensor,
     rotation: Tensor,
     out: Tensor,
-    splits: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor],
 ) -> None:
     """Rotates the queries and keys of one new token a row, stores its key and value at `positions`
     (B,), and attends to all tokens up to it: qkv (B, (H + 2 Hkv) K) float32, caches (B, S, Hkv, K)
-    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. buffers.attend_buffers() makes
-    `splits`."""
+    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `buffers` are
+    those of attend_buffers()."""
     B, S, Hkv, K = k_cache.shape
     H = qkv.shape[1] // K - 2 * Hkv
     split = max(64, triton.next_power_of_2(triton.cdiv(S, MAX_SPLITS)))
     attend_kernel[(B * H, triton.cdiv(S, split))](
-        qkv, k_cache, v_cache, positions, rotation, *splits, out, S, K**-0.5, H, Hkv, K, split, 64,
+        qkv, k_cache, v_cache, positions, rotation, *buffers, out, S, K**-0.5, H, Hkv, K, split, 64,
         MAX_SPLITS, **dependent(qkv), num_warps=4,
     )  # fmt: skip

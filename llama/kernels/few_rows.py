@@ -27,7 +27,7 @@ GROUP = 128  # columns that share a scale where activations are split into two i
 DIGITS = 32512  # the largest value of two digits: 256 x 127
 
 
-def linear_torch(x, CB, SCB, out, then: str, parts=None, norm=None) -> None:
+def linear_torch(x, CB, SCB, out, then: str, buffers=None, norm=None) -> None:
     y = normalized(x, norm) @ (CB.float() * (SCB / 127)[:, None]).T
     if then == "swiglu":
         gate, up = y.chunk(2, -1)
@@ -178,20 +178,20 @@ def few_rows_kernel(
     """Each program computes BLOCK_N outputs of all rows from a part of the columns, on int8 tensor
     cores."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.arange(0, BLOCK_B)
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     SHARE: tl.constexpr = (GROUPS + SPLITS - 1) // SPLITS
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    weights = CB + rows[:, None].to(tl.int64) * D
+    weights = CB + outputs[:, None].to(tl.int64) * D
     y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     y_up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
     for i in range(0, SHARE):
         g = part * SHARE + i
         columns = g * GROUP + tl.arange(0, GROUP)
-        there = (rows < N)[:, None] & (columns < D)[None, :]
+        there = (outputs < N)[:, None] & (columns < D)[None, :]
         known = (batch < B)[None, :] & (columns < D)[:, None]
         value = digits + batch[None, :] * D + columns[:, None]
         high = tl.load(value, mask=known, other=0)
@@ -223,12 +223,12 @@ def few_rows_kernel(
             y += tl.load(theirs, cache_modifier=".cg")
             if THEN == "swiglu":
                 y_up += tl.load(theirs + SIZE, cache_modifier=".cg")
-        y *= (tl.load(SCB + rows, mask=rows < N, other=0) / 127)[:, None]
+        y *= (tl.load(SCB + outputs, mask=outputs < N, other=0) / 127)[:, None]
         if THEN == "swiglu":
-            y_up *= (tl.load(SCB + N + rows, mask=rows < N, other=0) / 127)[:, None]
+            y_up *= (tl.load(SCB + N + outputs, mask=outputs < N, other=0) / 127)[:, None]
             y = y * tl.sigmoid(y) * y_up
-        there = (rows < N)[:, None] & (batch < B)[None, :]
-        target = out + batch[None, :] * N + rows[:, None]
+        there = (outputs < N)[:, None] & (batch < B)[None, :]
+        target = out + batch[None, :] * N + outputs[:, None]
         if THEN == "add":
             y += tl.load(target, mask=there, other=0)
         tl.store(target, y.to(out.dtype.element_ty), mask=there)
@@ -240,18 +240,18 @@ def linear(
     SCB: Tensor,
     out: Tensor,
     then: str,
-    parts: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor],
     norm: tuple[Tensor, float] | None = None,
 ) -> None:
     """x (B, D) times int8 weights CB (N, D) with scales SCB (N,), accumulated in float32; beyond 32
     rows the weights are read again for each 32. x is fp16, or float32 and first normalized: norm is
     the weight (D,) fp16 and the epsilon of an RMSNorm. `then` says what becomes of the product y
     (B, N): "store" puts it into out, "add" adds it, "swiglu" puts silu(y's first half) * its second
-    half into out (B, N / 2). `parts` is buffers.linear_buffers()."""
+    half into out (B, N / 2). `buffers` are those of linear_buffers()."""
     (B, D), N = x.shape, out.shape[1]
     if B > MOST_ROWS:
         for some, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS)):
-            linear(some, CB, SCB, into, then, parts, norm)
+            linear(some, CB, SCB, into, then, buffers, norm)
         return
     if B == 1:
         tiles = triton.cdiv(D, TILE)
@@ -265,6 +265,6 @@ def linear(
         return
     splits = MAX_PARTS if N < 8192 else 2
     few_rows_kernel[(triton.cdiv(N, BLOCK_N), splits)](
-        *split(x, norm), CB, SCB, out, *parts, B, N, D, GROUP, max(16, triton.next_power_of_2(B)),
+        *split(x, norm), CB, SCB, out, *buffers, B, N, D, GROUP, max(16, triton.next_power_of_2(B)),
         BLOCK_N, splits, then, **dependent(x), num_warps=4, num_stages=STAGES,
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """How kernels are launched.
 
 A decode step is bound by reading the weights, so it is a chain of short kernels in one CUDA graph,
-and what is lost is the ramp at each start. From compute capability 9.0 on, kernels are launched as
+and the overhead is the start of each. From compute capability 9.0 on, kernels are launched as
 programmatic dependents: each lets the next one start at once, requests its own weights, which
 depend on no earlier kernel, and only then waits for the one before it.
 
-A prompt is some hundred short kernels too, but of a length for which no graph was captured. Triton
-examines every argument of every launch, which takes 20 us on a slow host; for layers that repeat,
+A prompt is hundreds of short kernels too, but its length varies, so no graph fits. Triton examines
+ every argument of every launch, which takes 20 us on a slow host; for layers that repeat,
 examining those of the first is enough.
 """
 

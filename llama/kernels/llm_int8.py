@@ -5,8 +5,8 @@ activations are rounded to int8 row by row, those that reach the threshold are k
 int8 tensor cores multiply the codes, and the product of what was kept is added. Columns with
 anything kept are listed on the device, in their order, so that results repeat bit for bit.
 
-bitsandbytes keeps a whole column if any of its entries reaches the threshold. Here a column is kept
-from the first token that reaches it on, so that no token's result depends on later ones.
+bitsandbytes keeps a whole column if any of its entries reaches the threshold. Here it is kept
+starting at the first token that reaches it, so that no token's result depends on later ones.
 """
 
 import torch
@@ -206,7 +206,7 @@ def mixed_scaled_mm_kernel(
     out += m0.to(tl.int64) * N + n0
     m = tl.arange(0, BLOCK_M)
     row = (m < M - m0)[:, None]
-    # Past the last output: that one again, and it is not stored.
+    # Indices past the last output repeat it, and are never stored.
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
     outputs = n[None, :] * D
 
@@ -237,7 +237,7 @@ def mixed_scaled_mm_kernel(
     n = tl.arange(0, BLOCK_N)
     there = row & (n < N - n0)[None, :]
     target = out + m[:, None] * N + n[None, :]
-    if THEN == "add":  # a load would spill registers: of 512 rows wo took 42 us so, now 34
+    if THEN == "add":  # with a load, which spills registers, wo took 42 us on 512 rows; now 34
         tl.atomic_add(target, y, mask=there, sem="relaxed")
     else:
         tl.store(target, y.to(out.dtype.element_ty), mask=there)
