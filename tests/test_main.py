@@ -102,6 +102,7 @@ def test_json_has_what_was_generated(run, demo):
         (["--prompt=a", "--prompt", "b"], "--prompt is given twice: give it once"),
         (["--prompt=-", "--prompt_file=-"], "- is all of standard input, which can be read once"),
         (["--prompt=-", "--interactive"], "- is all of standard input"),
+        (["--prompt=a", '--stop=["b", "c"'], "which is not a whole list"),
         (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt per line"),
     ],
     ids=lambda value: str(value)[:60],
@@ -124,6 +125,11 @@ def test_mistakes_in_json_lines(run, tmp_path, line, found):
         stdin = (tmp_path / "p.jsonl").read_bytes()
         status, out, err = run("--prompt_file", file, stdin=stdin)
         assert (status, out) == (1, "") and f"{source}, line 2 is {found}" in err
+
+
+def test_prose_that_begins_with_a_quotation_is_text(run):
+    status, out, err = run("--prompt_file=-", "--max_gen_len=2", stdin=b'"He said"\nand went\n')
+    assert status == 0 and out.startswith('"He said"') and "\nand went" in out
 
 
 def test_every_way_to_write_a_flag():
