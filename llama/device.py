@@ -48,9 +48,9 @@ def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.devi
 
 def pick_engine(device: torch.device, head_dim: int) -> str:
     """The engine triton where our kernels run; elsewhere bnb, and a warning says why."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        reason = f"{device} has compute capability {major}.{minor}, our kernels need 8.0"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        reason = f"{device} has compute capability {capability}, our kernels need (8, 0)"
     elif head_dim < 16 or head_dim & (head_dim - 1):
         reason = f"attention heads are {head_dim} wide, our kernels need a power of 2, at least 16"
     else:

@@ -35,7 +35,9 @@ POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 
 # Weights below which one core of a CPU is as fast as several, and several are slowed down by any
 # other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
 ONE_CORE = 2**24
-NOT_FINITE_LOGITS = "logits that are not finite: the weights are damaged or overflow fp16"
+NOT_FINITE_LOGITS = (
+    "the model computed logits that are not finite: the weights are damaged or overflow fp16"
+)
 
 
 class LLaMA:
@@ -182,24 +184,20 @@ class LLaMA:
         self, rows: list[Continuation], settings: Settings, logprobs: bool
     ) -> Iterator[list[Continuation]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
+        draws = [uniform_numbers(seed, place, row.limit) for place, row in enumerate(rows)]
+        going = [(row, draw) for row, draw in zip(rows, draws) if row.limit]
         batch = self.model.args.max_batch_size
-        for first in range(0, len(rows), batch):
-            draws = [
-                uniform_numbers(seed, place, row.limit)
-                for place, row in enumerate(rows[first : first + batch], first)
-            ]
-            for _ in self._decode(rows[first : first + batch], draws, settings, logprobs):
+        for first in range(0, len(going), batch):
+            for _ in self._decode(going[first : first + batch], settings, logprobs):
                 yield rows
         yield rows
 
     def _decode(
-        self, rows: list[Continuation], draws: list[Tensor], settings: Settings, logprobs: bool
+        self, batch: list[tuple[Continuation, Tensor]], settings: Settings, logprobs: bool
     ) -> Iterator[None]:
-        """Continues a batch of rows, until all have ended; returns to the caller at each step."""
-        going = [(row, draw) for row, draw in zip(rows, draws) if row.limit]
-        if not going:
-            return
-        rows, draws = zip(*going)
+        """Continues rows, each with its uniform numbers, until all have ended. Yields at each
+        step."""
+        rows = [row for row, _ in batch]
         length = max(len(row.prompt_ids) + row.limit for row in rows)
         self.check_room(len(rows), length)
         decoder, pick = None, partial(next_token, settings=settings)
@@ -208,22 +206,22 @@ class LLaMA:
                 row.begin()
             with self._turn():
                 decoder = Decoder(self.model, self.engine, len(rows), length, pick, logprobs)
-            for slot, (row, draw) in enumerate(going):
+            for slot, (row, uniform) in enumerate(batch):
                 with self._turn():
-                    decoder.prefill(slot, row.prompt_ids, draw)
+                    decoder.prefill(slot, row.prompt_ids, uniform)
             while any(row.finish_reason is None for row in rows):
                 with self._turn():
                     drawn = decoder.step()
                 for row, id, *logprob in zip(rows, *drawn):
                     if row.finish_reason is None:
                         if id == NOT_FINITE:
-                            raise FloatingPointError(f"the model computed {NOT_FINITE_LOGITS}")
+                            raise FloatingPointError(NOT_FINITE_LOGITS)
                         row.add(id, *logprob)
                 yield
         except torch.OutOfMemoryError:
             raise self._too_big(len(rows), length) from None
         finally:
-            del decoder  # the frame of an error that a notebook keeps would keep it
+            del decoder  # an error's frame, which a notebook keeps, would keep it
 
     def score(self, texts: list[str]) -> list[list[float]]:
         """The log-probability of each token of each text: one for each of
@@ -254,7 +252,7 @@ class LLaMA:
                     logits = engine.head(part)
                     finite = bool(logits.isfinite().all())
                 if not finite:
-                    raise FloatingPointError(f"the model computed {NOT_FINITE_LOGITS}")
+                    raise FloatingPointError(NOT_FINITE_LOGITS)
                 yield logits
         except torch.OutOfMemoryError:
             raise MemoryError(

@@ -7,12 +7,10 @@ counts are those of torch's pool, which is what the driver sees; CUDA's own cont
 
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llama.buffers import DecodeBuffers, PrefillBuffers
 from llama.int8 import Int8Linear
@@ -73,24 +71,21 @@ def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
 
 
 def cache_bytes(args: ModelArgs, batch: int, length: int, dtype: torch.dtype) -> int:
-    return sum(nbytes(KVCache(args, batch, length, dtype, META)))
+    return nbytes(KVCache(args, batch, length, dtype, META))
 
 
 def work_bytes(args: ModelArgs, batch: int, length: int) -> int:
     """What is neither weights nor cache at the peak: the prefill of one prompt of `length` tokens
     in int8 on CUDA, and the buffers with which `batch` rows decode."""
     prefill, decode = PrefillBuffers(args, length, META), DecodeBuffers(args, batch, META)
-    attention = prefill.qkv[:, : args.dim]
-    sampling = SAMPLING * batch * args.vocab_size
-    return sum(nbytes(prefill)) + attention.nbytes + sum(nbytes(decode)) + sampling
+    attention = prefill.qkv[:, : args.dim].nbytes
+    return nbytes(prefill) + attention + nbytes(decode) + SAMPLING * batch * args.vocab_size
 
 
-def nbytes(buffers) -> Iterator[int]:
-    """Bytes of each tensor that an object holds, in tuples too."""
-    for value in vars(buffers).values():
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, Tensor):
-                yield tensor.nbytes
+def nbytes(buffers) -> int:
+    """Bytes of the tensors that an object holds, in tuples too."""
+    held = [x if isinstance(x, tuple) else (x,) for x in vars(buffers).values()]
+    return sum(tensor.nbytes for tensors in held for tensor in tensors)
 
 
 def pooled(count: int) -> int:
@@ -106,7 +101,7 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
     if one.total > free:
         raise MemoryError(
             f"the model needs {one.weights / GIB:.1f} GiB for weights and "
-            f"{(one.cache + one.work) / GIB:.1f} GiB for one sequence of {args.max_seq_len} tokens "
+            f"{(one.total - one.weights) / GIB:.1f} GiB for a sequence of {args.max_seq_len} tokens "
             f"but {device} has {free / GIB:.1f} GiB free: lower --max_seq_len, keep "
             "--use_int8=True, or take a smaller model"
         )
@@ -114,9 +109,9 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
     if every.total > free:
         warnings.warn(
             f"{args.max_batch_size} sequences of {args.max_seq_len} tokens need "
-            f"{(every.cache + every.work) / GIB:.1f} GiB, {device} has "
-            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: batches that "
-            "large will be refused (see python -m llama.memory)",
+            f"{(every.total - every.weights) / GIB:.1f} GiB, {device} has "
+            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: batches that large will "
+            "be refused (see python -m llama.memory)",
             stacklevel=5,  # of whoever called LLaMA.build
         )
 
@@ -132,9 +127,8 @@ def free_bytes(device: torch.device) -> int:
 def anonymous_bytes() -> int:
     """Host memory of this process that no file backs, and what torch has pinned for copies to CUDA,
     which the kernel does not count so; 0 where neither tells."""
-    pinned = 0
-    if torch.cuda.is_initialized():
-        pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    stats = torch.cuda.host_memory_stats() if torch.cuda.is_initialized() else {}
+    pinned = stats.get("allocated_bytes.current", 0)
     return _kernel_says("/proc/self/status", "RssAnon") + pinned
 
 
