@@ -78,13 +78,13 @@ class Decoder:
         self.newest = torch.zeros(slots, **whole)
         self.logprobs = torch.zeros(slots, **single) if logprobs else None
         self.left = [0] * slots  # tokens still to be drawn
-        self.returned = False  # whether step() has returned the newest tokens
+        self.due = False  # the newest tokens were returned, others are to follow
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, slot: int, ids: list[int], uniform: Tensor) -> None:
         """Begins a sequence with ids in a slot and draws its first token. uniform (n,), on the
         host, has a number in [0, 1) for each token to come, of which there is at least one."""
-        if self.returned:
+        if self.due:
             self._advance()
         start, end = len(ids), len(ids) + len(uniform)
         self.tokens[slot, :start] = torch.tensor(ids, device="cpu")
@@ -98,13 +98,13 @@ class Decoder:
         """The newest token of every slot, NOT_FINITE where its logits were not all finite; with
         logprobs, a second list has theirs. A sequence that has ended goes on in its last place:
         nobody reads it. With a CUDA graph the next step already runs meanwhile."""
-        if self.returned:
+        if self.due:
             self._advance()
         drawn = [self.newest] if self.logprobs is None else [self.newest, self.logprobs]
         drawn = [values.to("cpu", non_blocking=True) for values in drawn]
         arrived = torch.cuda.current_stream().record_event() if self.newest.is_cuda else None
-        self.returned = max(self.left) > 0
-        if self.returned and self.engine.capturable:
+        self.due = max(self.left) > 0
+        if self.due and self.engine.capturable:
             self._advance()
         if arrived:
             arrived.synchronize()
@@ -112,7 +112,7 @@ class Decoder:
 
     def _advance(self) -> None:
         """Computes what follows the newest token of every slot, and draws the next."""
-        self.returned = False
+        self.due = False
         self.left = [max(0, n - 1) for n in self.left]
         if self.engine.capturable:
             self.graph = self.graph or self._capture()
