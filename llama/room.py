@@ -101,9 +101,9 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
     if one.total > free:
         raise MemoryError(
             f"the model needs {one.weights / GIB:.1f} GiB for weights and "
-            f"{(one.total - one.weights) / GIB:.1f} GiB for {args.max_seq_len} tokens of a sequence "
-            f"but {device} has {free / GIB:.1f} GiB free: lower --max_seq_len, keep "
-            "--use_int8=True, or take a smaller model"
+            f"{(one.total - one.weights) / GIB:.1f} GiB for one sequence of max_seq_len = "
+            f"{args.max_seq_len} tokens, but {device} has {free / GIB:.1f} GiB free: lower "
+            "--max_seq_len, keep --use_int8=True, or take a smaller model"
         )
     every = need(model, args.max_batch_size, args.max_seq_len, dtype)
     if every.total > free:
