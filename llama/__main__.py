@@ -54,8 +54,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource  # Unix alone has it
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logprobs: bool) -> None:
@@ -187,7 +187,7 @@ def main(
 
 
 def command_line() -> None:
-    for method in (LLaMA.build, LLaMA.generate):  # which explain their flags
+    for method in (LLaMA.build, LLaMA.generate) if main.__doc__ else ():  # they explain flags
         main.__doc__ = getdoc(main) + getdoc(method).partition("Args:")[2]
     run(main)
 

@@ -62,8 +62,6 @@ class Continuation:
 
     def _decode(self) -> None:
         """Decodes the new ids; sets finish_reason if a stop string is in their text."""
-        if self.finish_reason == "stop":
-            return
         new = self.ids[self._decoded :]
         if self.finish_reason is None:
             new = new[: len(new) - self.tokenizer.unfinished(new)]
@@ -75,18 +73,11 @@ class Continuation:
                 self._before, self._skip = new, len(alone)
             else:  # ids without text of their own do not keep the next one's leading space
                 self._before, self._skip = self._before + new, len(text)
-
         end = len(self._held)
         if found := [place for stop in self.stop if (place := self._held.find(stop)) >= 0]:
             self.finish_reason, end = "stop", min(found)
         elif self.finish_reason is None:
-            end -= self._may_begin_a_stop()
-        if end:
-            self._text.append(self._held[:end])
-            self._held = self._held[end:]
-
-    def _may_begin_a_stop(self) -> int:
-        """How many of the last characters held are the beginning of a stop string."""
-        most = len(self._held) + 1
-        begins = (stop[:n] for stop in self.stop for n in range(1, min(len(stop), most)))
-        return max((len(text) for text in begins if self._held.endswith(text)), default=0)
+            begins = (stop[:n] for stop in self.stop for n in range(1, min(len(stop), end + 1)))
+            end -= max((len(text) for text in begins if self._held.endswith(text)), default=0)
+        self._text.append(self._held[:end])
+        self._held = self._held[end:]

@@ -5,11 +5,9 @@ from dataclasses import dataclass, fields
 
 
 def check(name: str, value, kind: type, low: float, high: float) -> int | float:
-    """value as Python's own int or float; ValueError unless it is a number of this kind (an int is
-    a float too) within bounds."""
-    kinds = numbers.Integral if kind is int else numbers.Real
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
+    """value as Python's own int or float; ValueError unless it is such a number within bounds."""
+    is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real)
+    if not is_number or isinstance(value, bool) or not low <= value <= high:
         number = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} is {value!r:.60}, expected {number}, from {low} to {high}")
     return kind(value)
@@ -54,8 +52,7 @@ class Settings:
             min_p=(float, 0, 1),
         )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        texts = isinstance(stop, list | tuple)
-        if not texts or not all(isinstance(text, str) and text for text in stop):
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(
                 f"stop is {self.stop!r:.60}, expected a text or a list of texts, none of them empty"
             )

@@ -3,15 +3,21 @@
 import pytest
 import torch
 
-from llama.sampling import NOT_FINITE, penalize, sample
+from llama import Settings
+from llama.sampling import NOT_FINITE, next_token, penalize
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+
+
+def sample(logits, uniform, settings):
+    return next_token(logits, None, None, uniform, settings)
 
 
 def draw(logits, temperature=1.0, top_p=1.0, n=10_000, **cuts):
     """Shares of the tokens over n evenly spread uniform numbers: exact to 1 / n a token."""
     uniform = (torch.arange(n) + 0.5) / n
-    tokens = sample(logits.expand(n, -1), temperature, top_p, uniform, **cuts)
+    settings = Settings(temperature=temperature, top_p=top_p, **cuts)
+    tokens = sample(logits.expand(n, -1), uniform, settings)
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
 
@@ -66,13 +72,15 @@ def test_min_p_is_of_the_probabilities_after_temperature():
 def test_temperature_0_and_nearly_0_are_greedy():
     logits = torch.tensor([[1.0, 5.0, 2.0], [300.0, -400.0, 299.0]])
     for temperature in (0, 1e-30):
-        assert sample(logits, temperature, 0.9, torch.tensor([0.999, 0.5])).tolist() == [1, 0]
+        settings = Settings(temperature=temperature, top_p=0.9)
+        assert sample(logits, torch.tensor([0.999, 0.5]), settings).tolist() == [1, 0]
 
 
 def test_ends_of_the_uniform_numbers_pick_possible_tokens():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -1000.0]]).nan_to_num(neginf=-1e30)
     for u in (0.0, 1 - 2**-24):
-        assert sample(logits, 1.0, 1.0, torch.tensor([u])).item() in (0, 2)
+        settings = Settings(temperature=1.0, top_p=1.0)
+        assert sample(logits, torch.tensor([u]), settings).item() in (0, 2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -80,15 +88,16 @@ def test_rows_that_are_not_finite_are_marked_alone(bad):
     logits = torch.randn(3, 50)
     logits[1, 7] = bad
     for temperature in (0, 0.8):
-        tokens = sample(logits, temperature, 0.95, torch.full((3,), 0.5))
+        tokens = sample(logits, torch.full((3,), 0.5), Settings(temperature=temperature))
         assert tokens[1] == NOT_FINITE and (tokens[[0, 2]] >= 0).all()
 
 
 def test_a_row_does_not_depend_on_its_company():
     logits, uniform = torch.randn(8, 100), torch.rand(8)
-    together = sample(logits, 0.8, 0.9, uniform)
+    settings = Settings(temperature=0.8, top_p=0.9)
+    together = sample(logits, uniform, settings)
     for row in range(8):
-        assert sample(logits[row : row + 1], 0.8, 0.9, uniform[row : row + 1]) == together[row]
+        assert sample(logits[row : row + 1], uniform[row : row + 1], settings) == together[row]
 
 
 def slow_penalty(logits, history, penalty, window, slope):
@@ -115,7 +124,12 @@ def test_penalty_equals_its_formula(slope, window, penalty):
     for row, history in enumerate(histories):
         tokens[row, : len(history)] = torch.tensor(history)
     lengths = torch.tensor([len(h) for h in histories])
-    got = penalize(logits, tokens, lengths, penalty, window, slope)
+    settings = Settings(
+        repetition_penalty=penalty,
+        repetition_penalty_range=window,
+        repetition_penalty_slope=slope,
+    )
+    got = penalize(logits, tokens, lengths, settings)
     for row, history in enumerate(histories):
         expected = slow_penalty(logits[row], history, penalty, window, slope)
         assert torch.allclose(got[row], expected, rtol=1e-5)
