@@ -112,7 +112,7 @@ def kept_kernel(
     A, CA, SCA, first, columns, count, rest, M, D: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, NEVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Each program lists all columns with anything kept, and what codes of its rows lack there."""
+    """Each program lists all columns with anything kept, and stores what its rows' codes lack."""
     n_kept = 0
     for start in range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -229,7 +229,7 @@ def mixed_scaled_mm(
     "store" puts the product (M, N) into out, "add" adds it to out."""
     (M, D), N = CA.shape, out.shape[1]
     launch(
-        mixed_scaled_mm_kernel, (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),), CA, SCA, *kept,
-        *weights, out, M, N, D, kept[2].shape[1], BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KEPT, NEIGHBOURS,
-        then, num_warps=WARPS, num_stages=STAGES,
+        mixed_scaled_mm_kernel, (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),), CA, SCA,
+        *kept, *weights, out, M, N, D, kept[2].shape[1], BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KEPT,
+        NEIGHBOURS, then, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
