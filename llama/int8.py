@@ -24,7 +24,7 @@ def _compile_when_called(function=None, **options):
     return functools.wraps(function)(lambda *args, **given: compiled()(*args, **given))
 
 
-# At import, bitsandbytes compiles 4-bit functions (none called here), and warns of a kernel missing.
+# At import, bitsandbytes compiles 4-bit functions (not called here) and warns of a missing kernel.
 warns = logging.getLogger("bitsandbytes.backends.cpu.ops")
 with patch("torch.compile", _compile_when_called), patch.object(warns, "disabled", True):
     import bitsandbytes as bnb
