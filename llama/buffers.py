@@ -1,7 +1,6 @@
 """The memory that kernels work in, made once for a prompt or for a running batch.
 
-On the meta device these take no memory and still have sizes, from which `room` counts. Triton is
-not needed for that, so the constants that fix a size are here, not beside the kernels.
+`room` counts it on the meta device, without Triton: so the constants that fix a size are here.
 """
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from llama.model import ModelArgs
 
+Pair = tuple[Tensor, Tensor]
 MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 BLOCK_N = 64  # outputs a program of it, when there are several rows
 MAX_PARTS = 4  # into which it splits the columns of a weight
@@ -21,9 +21,8 @@ class PrefillBuffers:
 
     def __init__(self, args: ModelArgs, T: int, device: torch.device):
         half = {"dtype": torch.float16, "device": device}
-        heads = args.n_heads + 2 * args.kv_heads
-        self.residual = torch.empty(T, args.dim, device=device, dtype=torch.float32)
-        self.qkv = torch.empty(T, heads * args.head_dim, **half)
+        self.residual = torch.empty(T, args.dim, dtype=torch.float32, device=device)
+        self.qkv = torch.empty(T, (args.n_heads + 2 * args.kv_heads) * args.head_dim, **half)
         self.w13 = torch.empty(T, 2 * args.hidden_dim, **half)
         self.dim = quant_buffers(T, args.dim, device)
         self.hidden = quant_buffers(T, args.hidden_dim, device)
@@ -35,29 +34,25 @@ class DecodeBuffers:
     def __init__(self, args: ModelArgs, B: int, device: torch.device):
         half = {"dtype": torch.float16, "device": device}
         single = {"dtype": torch.float32, "device": device}
-        heads = args.n_heads + 2 * args.kv_heads
-        self.qkv = torch.empty(B, heads * args.head_dim, **single)
+        width = (args.n_heads + 2 * args.kv_heads) * args.head_dim
+        self.qkv = torch.empty(B, width, **single)
         self.heads = torch.empty(B, args.dim, **half)
         self.hidden = torch.empty(B, args.hidden_dim, **half)
         self.logits = torch.empty(B, args.vocab_size, **single)
-        outputs = max(args.vocab_size, heads * args.head_dim, args.hidden_dim, args.dim)
-        self.linear = linear_buffers(outputs, device)
+        self.linear = linear_buffers(max(args.vocab_size, width, args.hidden_dim, args.dim), device)
         self.attend = attend_buffers(B, args.n_heads, args.head_dim, device)
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
     """For `llm_int8.vectorwise_quant` of M rows: A, CA, SCA, the first token of each column that
     reached the threshold, and what was kept: columns, how many, values."""
-    half = {"dtype": torch.float16, "device": device}
-    whole = {"dtype": torch.int32, "device": device}
-    CA = torch.empty(M, D, dtype=torch.int8, device=device)
-    SCA = torch.empty(M, dtype=torch.float32, device=device)
-    first, columns, count = (torch.empty(size, **whole) for size in (D, D, ()))
-    width = -(-D // BLOCK_KEPT) * BLOCK_KEPT
-    return torch.empty(M, D, **half), CA, SCA, first, columns, count, torch.empty(M, width, **half)
+    half, whole, width = torch.float16, torch.int32, -(-D // BLOCK_KEPT) * BLOCK_KEPT
+    shapes = (M, D), (M, D), (M,), (D,), (D,), (), (M, width)
+    dtypes = half, torch.int8, torch.float32, whole, whole, whole, half
+    return tuple(torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes))
 
 
-def linear_buffers(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def linear_buffers(N: int, device: torch.device) -> Pair:
     """For `few_rows.linear` with up to N outputs (a "swiglu" layer has half its weight's rows): the
     partial sums of its programs, and how many have arrived."""
     tiles = -(-N // BLOCK_N)
@@ -66,7 +61,7 @@ def linear_buffers(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
-def attend_buffers(B: int, H: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def attend_buffers(B: int, H: int, K: int, device: torch.device) -> Pair:
     """For `attention.attend`: the results of the splits of each head, and how many have arrived."""
     partial = torch.zeros(B * H * MAX_SPLITS * (K + 2), dtype=torch.float32, device=device)
     return partial, torch.zeros(B * H, dtype=torch.int32, device=device)

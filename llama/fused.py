@@ -1,12 +1,9 @@
 """The fast engine: prefill and decode steps of an int8 model on CUDA, out of `kernels`.
 
 It computes what `Transformer` does in a few launches a layer instead of some thirty, with a float32
-residual stream. A prompt is LLM.int8(): activations are rounded to int8 row by row, those of 6.0
-and more are kept in fp16. A decode step, which is bound by reading the weights, rounds less: to
-fp16 for one row, to two int8 digits for several. Each row's result is computed from that row alone,
-bit for bit, whatever stands beside it.
-
-Nothing here waits for the host, so a CUDA graph can hold a step.
+residual stream. A prompt is LLM.int8(). A decode step, which is bound by reading the weights,
+rounds activations less: to fp16 for one row, to two int8 digits for several. Each row's result is
+computed from that row alone, bit for bit. Nothing waits for the host: a CUDA graph can hold a step.
 """
 
 from contextlib import closing
@@ -45,21 +42,20 @@ class FusedEngine:
         heads = args.n_heads, args.kv_heads, args.kv_heads
         q, k, v = qkv.view(1, len(tokens), -1, args.head_dim).split(heads, 2)
 
-        def multiply(x, weights, out, then, codes, before="nothing", gain=None):
-            rounded = vectorwise_quant(x, OUTLIER_THRESHOLD, codes, before, gain, args.norm_eps)
-            mixed_scaled_mm(*rounded, *weights, out, then)
+        def multiply(x, weights, out, then, codes, before="nothing", norm=None):
+            rounded = vectorwise_quant(x, OUTLIER_THRESHOLD, codes, before, norm)
+            mixed_scaled_mm(*rounded, weights, out, then)
 
-        caches = self.cache.k[:, slot], self.cache.v[:, slot]
-        layers = zip(self.model.layers, self.layers, *caches)
+        layers = zip(self.model.layers, self.layers, self.cache.k[:, slot], self.cache.v[:, slot])
         with closing(repeating(layers)) as alike:
             for layer, (wqkv, wo, w1w3, w2), keys, values in alike:
-                gain = layer.attention_norm.weight
-                multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", gain)
+                norm = layer.attention_norm.weight, args.norm_eps
+                multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", norm)
                 rotate(qkv, keys, values, rotation)
                 out = attend(q, k, v, None).reshape(len(tokens), args.dim)
                 multiply(out, wo, residual, "add", buffers.dim)
-                gain = layer.ffn_norm.weight
-                multiply(residual, w1w3, w13, "store", buffers.dim, "rms_norm", gain)
+                norm = layer.ffn_norm.weight, args.norm_eps
+                multiply(residual, w1w3, w13, "store", buffers.dim, "rms_norm", norm)
                 multiply(w13, w2, residual, "add", buffers.hidden, "swiglu")
         return residual
 
@@ -70,16 +66,13 @@ class FusedEngine:
         return logits
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Float32 logits (B, V) of what follows tokens (B,) at positions (B,), the same tensor at
-        each call."""
+        """Logits (B, V) float32, always one tensor, that follow tokens (B,) at positions (B,)."""
         model, buffers = self.model, self.buffers
         residual = model.tok_embeddings.weight[tokens].float()
         caches = self.cache.k, self.cache.v
         for layer, (wqkv, wo, w1w3, w2), *cache in zip(model.layers, self.layers, *caches):
             self._linear(residual, wqkv, buffers.qkv, "store", layer.attention_norm)
-            attend_one(
-                buffers.qkv, *cache, positions, model.rotation, buffers.heads, buffers.attend
-            )
+            attend_one(buffers.qkv, cache, positions, model.rotation, buffers.heads, buffers.attend)
             self._linear(buffers.heads, wo, residual, "add")
             self._linear(residual, w1w3, buffers.hidden, "swiglu", layer.ffn_norm)
             self._linear(buffers.hidden, w2, residual, "add")
@@ -88,4 +81,4 @@ class FusedEngine:
 
     def _linear(self, x, weights, out, then, norm=None) -> None:
         norm = (norm.weight, norm.eps) if norm else None
-        linear(x, *weights, out, then, self.buffers.linear, norm)
+        linear(x, weights, out, then, self.buffers.linear, norm)

@@ -2,9 +2,8 @@
 
 As in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 3), row r of a weight (out, in) is
 kept as int8 codes CB[r] and one float32 scale SCB[r], the row's largest magnitude, so that
-weight = CB * SCB / 127. Codes and scales are bit for bit those of bitsandbytes, which multiplies on
-CUDA. On the CPU its product is a slow emulation in fp16; there x @ (CB * SCB / 127) is computed in
-float32, with activations that are not rounded.
+weight = CB * SCB / 127. Both are bit for bit those of bitsandbytes, which multiplies on CUDA; on
+the CPU, where it is slow, x @ weight is computed in float32 without rounding activations.
 """
 
 import functools
@@ -25,12 +24,9 @@ def _compile_when_called(function=None, **options):
     return functools.wraps(function)(lambda *args, **given: compiled()(*args, **given))
 
 
-# At import, bitsandbytes hands 4-bit functions that nothing here calls to torch.compile, and warns
-# that a kernel for them is missing.
-with (
-    patch("torch.compile", _compile_when_called),
-    patch.object(logging.getLogger("bitsandbytes.backends.cpu.ops"), "disabled", True),
-):
+# At import, bitsandbytes compiles 4-bit functions (not called here) and warns of a missing kernel.
+warns = logging.getLogger("bitsandbytes.backends.cpu.ops")
+with patch("torch.compile", _compile_when_called), patch.object(warns, "disabled", True):
     import bitsandbytes as bnb
 
 OUTLIER_THRESHOLD = 6.0  # features with a value from here on stay in fp16 (section 3.2)
@@ -45,8 +41,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         super().__init__(
             in_features, out_features, bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD
         )
-        self.requires_grad_(False)
-        self.eval()
+        self.requires_grad_(False).eval()
 
     def set(self, CB: Tensor, SCB: Tensor) -> None:
         """CB int8 (out, in), SCB float32 (out,), on the device where the layer is to work."""
@@ -72,8 +67,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 
 
 def allocate(linears: list[Int8Linear], device: torch.device) -> None:
-    """Gives layers that read the same input one matrix in common, each a view of its rows; the
-    values are not set."""
+    """Gives layers that read the same input views of one matrix, whose values are not set."""
     rows = [linear.out_features for linear in linears]
     CB = torch.empty(sum(rows), linears[0].in_features, dtype=torch.int8, device=device)
     SCB = torch.empty(sum(rows), dtype=torch.float32, device=device)
@@ -82,8 +76,7 @@ def allocate(linears: list[Int8Linear], device: torch.device) -> None:
 
 
 def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
-    """CB and SCB of several layers as one matrix. Layers that were not allocated together are
-    moved."""
+    """CB and SCB of several layers as one matrix; moves layers not allocated together."""
     states = [linear.state for linear in linears]
     if len({state.CB.untyped_storage().data_ptr() for state in states}) > 1:
         old = [(state.CB, state.SCB) for state in states]
@@ -91,17 +84,15 @@ def join(linears: list[Int8Linear]) -> tuple[Tensor, Tensor]:
         for state, (CB, SCB) in zip(states, old):
             state.CB.copy_(CB)
             state.SCB.copy_(SCB)
-    rows, columns = sum(len(state.CB) for state in states), states[0].CB.shape[1]
-    CB = states[0].CB.as_strided((rows, columns), (columns, 1))
-    return CB, states[0].SCB.as_strided((rows,), (1,))
+    CB, SCB, rows = states[0].CB, states[0].SCB, sum(len(state.CB) for state in states)
+    return CB.as_strided((rows, CB.shape[1]), CB.stride()), SCB.as_strided((rows,), (1,))
 
 
 def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
-    """Fills codes CB int8 (rows, in) and scales SCB float32 (rows,) for some rows of a matrix: x
-    (rows, in) float32, rounded to fp16 before, as bitsandbytes does. Overwrites x. ValueError if a
-    value is not finite."""
-    # amax and amin take one core 0.12 ns a value together; a norm or aminmax, which torch does not
-    # vectorize along rows, 2.7 (AMD EPYC, torch 2.11 and 2.13, 2026-11-23).
+    """Fills codes CB int8 (rows, in) and scales SCB float32 (rows,) from x (rows, in) float32,
+    rounded to fp16 before, as by bitsandbytes. Overwrites x. ValueError if it is not finite."""
+    # amax and amin together take one core 0.12 ns a value; aminmax, which torch does not vectorize
+    # along rows, 2.7 (AMD EPYC, torch 2.11 and 2.13, 2026-11-23).
     torch.maximum(x.amax(1), x.amin(1).abs_(), out=SCB)
     check_finite(SCB.max())
     # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.

@@ -68,9 +68,9 @@ def check_linear(B, D, N, then, norm=None):
     theirs = ours.clone()
     parts = linear_buffers(n, x.device)
     if then != "add":  # the counts must be ready for the next time
-        few_rows.linear(x, CB, SCB, ours, then, parts, norm)
-    few_rows.linear(x, CB, SCB, ours, then, parts, norm)
-    few_rows.linear_torch(x, CB, SCB, theirs, then, norm=norm)
+        few_rows.linear(x, (CB, SCB), ours, then, parts, norm)
+    few_rows.linear(x, (CB, SCB), ours, then, parts, norm)
+    few_rows.linear_torch(x, (CB, SCB), theirs, then, norm=norm)
     half = norm is not None and B == 1  # what is normalized is rounded to fp16
     if then == "swiglu":
         tolerance = 1e-3 if half else 1e-4
@@ -112,7 +112,7 @@ def test_twins_can_differ(B):
     x, CB, SCB, ours = check_linear(B, 300, 90, "store")
     x[:, 7], CB[4, 7] = 1, CB[4, 7] ^ 8
     theirs = torch.empty_like(ours)
-    few_rows.linear_torch(x, CB, SCB, theirs, "store")
+    few_rows.linear_torch(x, (CB, SCB), theirs, "store")
     assert not ((ours - theirs).abs() <= linear_bound(x, CB, SCB))[:, 4].any()
 
 
@@ -122,9 +122,9 @@ def test_a_row_does_not_depend_on_the_others(B):
     x[1:] = random(B - 1, 300).half() * 100
     again = torch.empty_like(ours)
     parts = linear_buffers(90, x.device)
-    few_rows.linear(x, CB, SCB, again, "store", parts)
+    few_rows.linear(x, (CB, SCB), again, "store", parts)
     assert torch.equal(ours[0], again[0])
-    few_rows.linear(x.roll(1, 0), CB, SCB, again, "store", parts)
+    few_rows.linear(x.roll(1, 0), (CB, SCB), again, "store", parts)
     assert torch.equal(ours[0], again[1])
 
 
@@ -157,15 +157,15 @@ def check_attend(positions, S, H, Hkv, K):
     splits = attend_buffers(B, H, K, qkv.device)
     ours, theirs = (poisoned(B, H * K, dtype=torch.float16) for _ in range(2))
     for _ in range(2):  # the count of arrivals must be ready for the next time
-        attention.attend(qkv, *caches, positions, rotation, ours, splits)
-    attention.attend_torch(qkv, *twins, positions, rotation, theirs)
+        attention.attend(qkv, caches, positions, rotation, ours, splits)
+    attention.attend_torch(qkv, twins, positions, rotation, theirs)
     assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
     for cache, twin in zip(caches, twins):
         assert torch.allclose(cache, twin, rtol=2**-10, atol=1e-6, equal_nan=True)
     # One token left out of 64 shifts the mean by its share.
     wrong = torch.empty_like(theirs)
     if positions.min() > 0:
-        attention.attend_torch(qkv, *twins, positions - 1, rotation, wrong)
+        attention.attend_torch(qkv, twins, positions - 1, rotation, wrong)
         assert (wrong - theirs).abs().max() > 4e-3 * theirs.abs().max()
 
 
@@ -200,8 +200,9 @@ def rows(M, D, before, outliers):
 def check_llm_int8(M, D, N, before, outliers, then):
     (x, weight), (CB, SCB) = rows(M, D, before, outliers), matrix(D, N)
     room, their_room = (quant_buffers(M, D, x.device) for _ in range(2))
-    CA, SCA, kept = llm_int8.vectorwise_quant(x, 6.0, room, before, weight, 1e-5)
-    llm_int8.vectorwise_quant_torch(x, 6.0, their_room, before, weight, 1e-5)
+    norm = (weight, 1e-5) if before == "rms_norm" else None
+    CA, SCA, kept = llm_int8.vectorwise_quant(x, 6.0, room, before, norm)
+    llm_int8.vectorwise_quant_torch(x, 6.0, their_room, before, norm)
     A = x if before == "nothing" else room[0]
     assert torch.allclose(A, their_room[0], rtol=2**-10, atol=1e-6)
     their_CA, their_SCA, theirs = llm_int8.vectorwise_quant_torch(A, 6.0, their_room)
@@ -217,8 +218,8 @@ def check_llm_int8(M, D, N, before, outliers, then):
     ours = random(M, N) if then == "add" else poisoned(M, N, dtype=torch.float16)
     theirs = ours.double()
     start = theirs.clone()
-    llm_int8.mixed_scaled_mm(CA, SCA, kept, CB, SCB, ours, then)
-    llm_int8.mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, theirs, then)
+    llm_int8.mixed_scaled_mm(CA, SCA, kept, (CB, SCB), ours, then)
+    llm_int8.mixed_scaled_mm_torch(CA, SCA, kept, (CB, SCB), theirs, then)
     # Whole numbers are exact; the rest: an fp16 rounding of what a code left out, float32 sums.
     weights = (CB.double().abs() * (SCB.double() / 127)[:, None]).T
     bound = (A.double().abs() @ weights) * 2**-21 + SCA[:, None] / 254 * weights.sum(0) * 2**-11
@@ -249,10 +250,10 @@ def test_llm_int8_twins_can_differ():
     A, CA, SCA, kept, CB, SCB, before, bound = check_llm_int8(5, 300, 90, "nothing", 3, "add")
     CA[4, int(kept[0][0]) - 1] += 4
     ours = torch.zeros_like(before)
-    llm_int8.mixed_scaled_mm(CA, SCA, kept, CB, SCB, ours, "add")
+    llm_int8.mixed_scaled_mm(CA, SCA, kept, (CB, SCB), ours, "add")
     theirs = torch.zeros_like(before)
     CA[4, int(kept[0][0]) - 1] -= 4
-    llm_int8.mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, theirs, "add")
+    llm_int8.mixed_scaled_mm_torch(CA, SCA, kept, (CB, SCB), theirs, "add")
     assert ((ours - theirs).abs() > bound)[4].any()
 
 
@@ -265,7 +266,7 @@ def test_tokens_do_not_depend_on_later_ones():
         x[-1, 5] = value
         out = torch.zeros(9, 90, device=DEVICE)
         codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
-        llm_int8.mixed_scaled_mm(*codes, CB, SCB, out, "add")
+        llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
         results.append(out)
     assert torch.allclose(results[0][:-1], results[1][:-1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(results[0][-1], results[1][-1], rtol=1e-1)
@@ -277,7 +278,7 @@ def test_what_is_not_finite_stays_so_in_its_row(value):
     x[3, 7] = value
     out = torch.zeros(9, 90, device=DEVICE)
     codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
-    llm_int8.mixed_scaled_mm(*codes, CB, SCB, out, "add")
+    llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
     finite = out.isfinite()
     assert not finite[3, SCB > 0].any() and finite[:3].all() and finite[4:].all()
 
@@ -290,12 +291,12 @@ def test_error_is_at_most_that_of_bitsandbytes(D, N, then):
 
     (x, weight), (CB, SCB) = rows(256, D, "rms_norm", 6), matrix(D, N)
     room = quant_buffers(256, D, x.device)
-    codes = llm_int8.vectorwise_quant(x, 6.0, room, "rms_norm", weight, 1e-5)
+    codes = llm_int8.vectorwise_quant(x, 6.0, room, "rms_norm", (weight, 1e-5))
     A = room[0]
     prefill, decode = (torch.zeros(M, N, device=DEVICE) for M in (256, 8))
-    llm_int8.mixed_scaled_mm(*codes, CB, SCB, prefill, "add")
+    llm_int8.mixed_scaled_mm(*codes, (CB, SCB), prefill, "add")
     parts = linear_buffers(N, x.device)
-    few_rows.linear(A[:8], CB, SCB, decode, "store", parts)
+    few_rows.linear(A[:8], (CB, SCB), decode, "store", parts)
     stock = Int8Linear(D, N)
     stock.set(CB, SCB)
     exact = A.double() @ (CB.double() * (SCB.double() / 127)[:, None]).T

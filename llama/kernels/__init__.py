@@ -1,8 +1,8 @@
 """Triton kernels for what prefill and decode steps compute on CUDA.
 
-Each op is a kernel, its launcher and a twin in plain torch with the same arguments and results,
-which says what the kernel computes. No op waits for the host. Kernels run in Triton's interpreter
-on a CPU (TRITON_INTERPRET=1) and compile for compute capability 8.0 and later.
+Each op is a kernel, its launcher and a twin in plain torch, which says what the kernel computes. No
+op waits for the host. Kernels run in Triton's interpreter on a CPU (TRITON_INTERPRET=1) and compile
+for compute capability 8.0 and later.
 
 Letters in shapes: T tokens of a prompt, B sequences, D inputs, N outputs, S length of the cache,
 H heads, Hkv heads of keys and values, K head dimension. CA, SCA, CB, SCB are the codes and scales

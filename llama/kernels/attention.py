@@ -6,26 +6,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama.buffers import MAX_SPLITS
+from llama import model
+from llama.buffers import MAX_SPLITS, Pair
 from llama.kernels.launch import dependent
 
 
-def attend_torch(qkv, k_cache, v_cache, positions, rotation, out, buffers=None) -> None:
-    B, S, Hkv, K = k_cache.shape
-    H = qkv.shape[1] // K - 2 * Hkv
-    q, k, v = qkv.view(B, -1, K).split([H, Hkv, Hkv], 1)
+def attend_torch(qkv, caches, positions, rotation, out, buffers=None) -> None:
+    B, _, Hkv, K = caches[0].shape
+    q, k, v = qkv.view(B, 1, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 2)
+    q, k = (model.rotate(x, rotation[positions, None]) for x in (q, k))
     for b, position in enumerate(positions.tolist()):
-        cos, sin = rotation[position].unbind(-1)
-        turned = []
-        for x in (q[b], k[b]):
-            even, odd = x[:, ::2], x[:, 1::2]
-            turned.append(torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1))
-        k_cache[b, position] = turned[1].flatten(-2)
-        v_cache[b, position] = v[b]
-        keys = k_cache[b, : position + 1].float().repeat_interleave(H // Hkv, 1)  # (S', H, K)
-        values = v_cache[b, : position + 1].float().repeat_interleave(H // Hkv, 1)
-        scores = torch.einsum("hk,shk->hs", turned[0].flatten(-2), keys) / K**0.5
-        out[b] = torch.einsum("hs,shk->hk", scores.softmax(-1), values).flatten()
+        caches[0][b, position], caches[1][b, position] = k[b, 0], v[b, 0]
+        keys, values = (cache[b : b + 1, : position + 1].float() for cache in caches)
+        seen = torch.ones(1, 1, 1, position + 1, dtype=torch.bool, device=qkv.device)
+        out[b] = model.attend(q[b : b + 1], keys, values, seen).flatten()
 
 
 @triton.jit
@@ -51,8 +45,7 @@ def attend_kernel(
         cos = tl.load(angle)
         sin = tl.load(angle + 1) * tl.where(d % 2 == 0, -1.0, 1.0)
         row = qkv + b * (H + 2 * HKV) * K
-        q = tl.load(row + h * K + d) * cos + tl.load(row + h * K + (d ^ 1)) * sin
-        q *= scale
+        q = (tl.load(row + h * K + d) * cos + tl.load(row + h * K + (d ^ 1)) * sin) * scale
 
         k_row, v_row = row + (H + kv) * K, row + (H + HKV + kv) * K
         k_new = (tl.load(k_row + d) * cos + tl.load(k_row + (d ^ 1)) * sin).to(tl.float16)
@@ -97,31 +90,22 @@ def attend_kernel(
             theirs = partial + (tl.program_id(0) * MAX_SPLITS + s) * (K + 2)
             bests = tl.load(theirs + K, mask=s < n, other=-float("inf"), cache_modifier=".cg")
             totals = tl.load(theirs + K + 1, mask=s < n, other=0, cache_modifier=".cg")
-            values = tl.load(
-                theirs[:, None] + d[None, :], mask=(s < n)[:, None], other=0, cache_modifier=".cg"
-            )
+            values = tl.load(theirs[:, None] + d, (s < n)[:, None], other=0, cache_modifier=".cg")
             weight = tl.exp(bests - tl.max(bests, 0))
             merged = tl.sum(weight[:, None] * values, 0) / tl.sum(weight * totals, 0)
             tl.store(out + tl.program_id(0) * K + d, merged.to(tl.float16))
 
 
 def attend(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    rotation: Tensor,
-    out: Tensor,
-    buffers: tuple[Tensor, Tensor],
+    qkv: Tensor, caches: Pair, positions: Tensor, rotation: Tensor, out: Tensor, buffers: Pair
 ) -> None:
     """Rotates the queries and keys of one new token a row, stores its key and value at `positions`
     (B,), and attends to all tokens up to it: qkv (B, (H + 2 Hkv) K) float32, caches (B, S, Hkv, K)
-    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `buffers` are
-    those of attend_buffers()."""
-    B, S, Hkv, K = k_cache.shape
+    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `buffers` are attend_buffers()."""
+    B, S, Hkv, K = caches[0].shape
     H = qkv.shape[1] // K - 2 * Hkv
     split = max(64, triton.next_power_of_2(triton.cdiv(S, MAX_SPLITS)))
     attend_kernel[(B * H, triton.cdiv(S, split))](
-        qkv, k_cache, v_cache, positions, rotation, *buffers, out, S, K**-0.5, H, Hkv, K, split, 64,
+        qkv, *caches, positions, rotation, *buffers, out, S, K**-0.5, H, Hkv, K, split, 64,
         MAX_SPLITS, **dependent(qkv), num_warps=4,
     )  # fmt: skip

@@ -1,13 +1,11 @@
 """How kernels are launched.
 
-A decode step is bound by reading the weights, so it is a chain of short kernels in one CUDA graph,
-and the overhead is the start of each. From compute capability 9.0 on, kernels are launched as
-programmatic dependents: each lets the next one start at once, requests its own weights, which
-depend on no earlier kernel, and only then waits for the one before it.
+A decode step is a chain of short kernels in one CUDA graph, and the overhead is the start of each.
+From compute capability 9.0 on they are launched as programmatic dependents: each lets the next one
+start at once, requests its own weights, and only then waits for the kernel before it.
 
-A prompt is hundreds of short kernels too, but its length varies, so no graph fits. Triton examines
- every argument of every launch, which takes 20 us on a slow host; for layers that repeat,
-examining those of the first is enough.
+A prompt's length varies, so no graph fits. Triton examines every argument of every launch, which
+takes 20 us on a slow host; for layers that repeat, examining those of the first is enough.
 """
 
 import threading
@@ -20,8 +18,8 @@ _thread = threading.local()  # compiled: the kernels of the first layer; at: whi
 
 
 def repeating(layers: Iterable) -> Iterator:
-    """The layers, one by one, each of which must launch the same kernels as the first, with tensors
-    of the same types, alignment and strides. Close the iterator when done with it."""
+    """The layers, each of which must launch the same kernels as the first, with tensors of the same
+    types, alignment and strides. Close the iterator when done with it."""
     _thread.compiled = []
     try:
         for layer in layers:
@@ -33,17 +31,12 @@ def repeating(layers: Iterable) -> Iterator:
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """kernel[grid](*args, **options), or what Triton compiled for the first of repeating layers."""
-    compiled = getattr(_thread, "compiled", None)
-    if compiled is None:
-        kernel[grid](*args, **options)
-        return
-    if _thread.at == len(compiled):
-        compiled.append(kernel[grid](*args, **options))
-    elif compiled[_thread.at] is None:  # by the interpreter
-        kernel[grid](*args, **options)
+    compiled, at = getattr(_thread, "compiled", []), getattr(_thread, "at", 0)
+    if at < len(compiled) and compiled[at]:  # None where the interpreter runs it
+        compiled[at][(*grid, 1, 1)](*args)
     else:
-        compiled[_thread.at][(*grid, 1, 1)](*args)
-    _thread.at += 1
+        compiled.append(kernel[grid](*args, **options))
+    _thread.at = at + 1
 
 
 def dependent(x: Tensor) -> dict:

@@ -1,12 +1,10 @@
 """LLM.int8() for many rows: the linear layers of a prompt.
 
-The method of Dettmers et al. 2022 (arXiv 2208.07339, section 3) without asking the host:
-activations are rounded to int8 row by row, those that reach the threshold are kept apart in fp16,
-int8 tensor cores multiply the codes, and the product of what was kept is added. Columns with
-anything kept are listed on the device, in their order, so that results repeat bit for bit.
-
-bitsandbytes keeps a whole column if any of its entries reaches the threshold. Here it is kept
-starting at the first token that reaches it, so that no token's result depends on later ones.
+The method of Dettmers et al. 2022 (arXiv 2208.07339, section 3): activations are rounded to int8
+row by row, those that reach the threshold are kept apart in fp16, int8 tensor cores multiply the
+codes, and the product of what was kept is added. Columns with anything kept are listed on the
+device, in their order, so that results repeat bit for bit. bitsandbytes keeps whole columns; here
+each starts at the first token that reaches the threshold, so that none depends on later ones.
 """
 
 import torch
@@ -15,55 +13,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.buffers import BLOCK_KEPT
-from llama.kernels.few_rows import normalized
+from llama.buffers import BLOCK_KEPT, Pair
+from llama.kernels.few_rows import Norm, normalized
 from llama.kernels.launch import launch
 
 # A program computes BLOCK_M rows x BLOCK_N outputs, BLOCK_K inputs a step. The linears of 13B for
-# 512 and 1,900 rows take 13.5 and 49 ms with these (cuBLAS in fp16: 18.0 and 63); with 8 warps 16.8
-# and 50; 64 x 128, 4 stages: 15.1 and 56; 128 x 256, 8 warps: 17.7 and 54; inputs by 64: 17.9 and
-# 59; 4 stages: 23 and 71 (H200, 2026-11-23).
+# 512 and 1,900 rows take 13.5 and 49 ms (cuBLAS in fp16: 18.0 and 63); 8 warps: 16.8 and 50; 4
+# stages: 23 and 71; 64 x 128, 4 stages: 15.1 and 56; BLOCK_K 64: 17.9 and 59 (H200, 2026-11-23).
 BLOCK_M = 128
 BLOCK_N = 128
 BLOCK_K = 128
 WARPS = 4
 STAGES = 3
-# Blocks of rows computed side by side, while their weights are in the cache: with 8 the 1,900 rows
-# took 5 % longer, with 4 2 % (H200, 2026-11-23).
+# Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (same GPU).
 NEIGHBOURS = 16
 CHUNK = 4096  # columns that kept_kernel searches at once
 KEPT_ROWS = 64  # rows for each of its programs
 NEVER = 2**31 - 1  # the first token that reaches the threshold in a column where none does
+Buffers = tuple[Tensor, ...]
 
 
-def vectorwise_quant_torch(x, threshold, buffers, before="nothing", weight=None, eps=0.0):
-    if before == "rms_norm":
-        x = normalized(x, (weight, eps))
+def vectorwise_quant_torch(x, threshold, buffers, before="nothing", norm=None):
+    x = normalized(x, norm)
     if before == "swiglu":
-        gate, up = x.float().chunk(2, -1)
+        gate, up = x.chunk(2, -1)
         x = F.silu(gate) * up
-    A = x.half()
+    A = buffers[0].copy_(x).float()
     large = ~(A.abs() < threshold)
-    SCA = A.masked_fill(large, 0).abs().amax(1).float()
-    CA = (A.float().masked_fill(large, 0) * (127 / SCA.clamp(min=1e-30))[:, None]).round()
+    small = A.masked_fill(large, 0)
+    SCA = small.abs().amax(1)
+    CA = (small * (127 / SCA.clamp(min=1e-30))[:, None]).round()
     columns = large.any(0).nonzero()[:, 0]
     since = large[:, columns].cummax(0).values
-    rest = A[:, columns].float() - CA[:, columns] * (SCA / 127)[:, None]
-    kept = columns, len(columns), rest.masked_fill(~since, 0).half()
-    buffers[0].copy_(A)
-    return CA.to(torch.int8), SCA, kept
+    rest = (A - CA * (SCA / 127)[:, None])[:, columns].masked_fill(~since, 0).half()
+    return CA.to(torch.int8), SCA, (columns, len(columns), rest)
 
 
 @triton.jit
 def vectorwise_quant_kernel(
-    x, weight, A, CA, SCA, first, threshold, eps,
+    x, weight, eps, A, CA, SCA, first, threshold,
     D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """Each program quantizes one row, which it holds in registers."""
     m = tl.program_id(0)
     row = m.to(tl.int64) * D
-    A += row
-    CA += row
+    A, CA = A + row, CA + row
     values = ()
     for i in tl.static_range(TILES):
         d = i * TILE + tl.arange(0, TILE)
@@ -115,12 +109,10 @@ def vectorwise_quant_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def kept_kernel(
-    A, CA, SCA, first, columns, count, rest, M,
-    D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NEVER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_KEPT: tl.constexpr,
+    A, CA, SCA, first, columns, count, rest, M, D: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, NEVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Each program lists all columns with anything kept, the same list as the others, and computes
-    what the codes of its BLOCK_M rows lack there."""
+    """Each program lists all columns with anything kept, and stores what its rows' codes lack."""
     n_kept = 0
     for start in range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -148,30 +140,22 @@ def kept_kernel(
 
 
 def vectorwise_quant(
-    x: Tensor,
-    threshold: float,
-    buffers: tuple[Tensor, ...],
-    before: str = "nothing",
-    weight: Tensor | None = None,
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    x: Tensor, threshold: float, buffers: Buffers, before: str = "nothing", norm: Norm = None
+) -> tuple[Tensor, Tensor, Buffers]:
     """Rows as int8 codes and a scale each: A = CA * SCA / 127 where |A| < threshold. A (M, D) fp16
-    is what `before` makes of x: "nothing" x itself; "rms_norm" of x (M, D) float32 with a weight
-    (D,) fp16; "swiglu" silu(first half) * second half of x (M, 2 D) fp16.
-
-    Returns CA, SCA and what was kept apart: columns, how many, and what the codes lack of A there
-    (M, at least as many) fp16; all lie in `buffers`, which buffers.quant_buffers(M, D) makes.
-    """
+    is what `before` makes of x: "nothing" x itself; "rms_norm" of x (M, D) float32; "swiglu"
+    silu(first half) * second half of x (M, 2 D) fp16. Returns CA, SCA and what was kept apart:
+    columns, how many, and what the codes lack of A there (M, at least as many) fp16. All lie in
+    `buffers`, which are quant_buffers(M, D)."""
     A, CA, SCA, first, *kept = buffers
     (M, D), width = CA.shape, kept[2].shape[1]
-    if before == "nothing":
-        A = x
+    A = x if before == "nothing" else A
     first.fill_(NEVER)
     warps = 8 if D <= 8192 else 16
     tile = 128 * warps
     launch(
-        vectorwise_quant_kernel, (M,), x, weight, A, CA, SCA, first, threshold, eps, D, tile,
-        triton.cdiv(D, tile), before, num_warps=warps,
+        vectorwise_quant_kernel, (M,), x, *(norm or (None, 0.0)), A, CA, SCA, first, threshold, D,
+        tile, triton.cdiv(D, tile), before, num_warps=warps,
     )  # fmt: skip
     launch(
         kept_kernel, (triton.cdiv(M, KEPT_ROWS),), A, CA, SCA, first, *kept, M, D, width, CHUNK,
@@ -180,8 +164,8 @@ def vectorwise_quant(
     return CA, SCA, tuple(kept)
 
 
-def mixed_scaled_mm_torch(CA, SCA, kept, CB, SCB, out, then: str) -> None:
-    columns, count, rest = kept
+def mixed_scaled_mm_torch(CA, SCA, kept, weights, out, then: str) -> None:
+    (columns, count, rest), (CB, SCB) = kept, weights
     columns, rest = columns[:count].long(), rest[:, :count]
     y = CA.double() @ CB.double().T * (SCA / 127)[:, None]
     y = (y + rest.double() @ CB[:, columns].double().T) * (SCB / 127)
@@ -206,20 +190,15 @@ def mixed_scaled_mm_kernel(
     out += m0.to(tl.int64) * N + n0
     m = tl.arange(0, BLOCK_M)
     row = (m < M - m0)[:, None]
-    # Indices past the last output repeat it, and are never stored.
-    n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)
+    n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)  # what repeats the last is never stored
     outputs = n[None, :] * D
 
     k = tl.arange(0, BLOCK_K)
     whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for i in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            a = tl.load(CA + m[:, None] * D + (i + k)[None, :], mask=row, other=0)
-            b = tl.load(CB + outputs + (i + k)[:, None])
-        else:
-            known = row & (i + k < D)[None, :]
-            a = tl.load(CA + m[:, None] * D + (i + k)[None, :], mask=known, other=0)
-            b = tl.load(CB + outputs + (i + k)[:, None], mask=(i + k < D)[:, None], other=0)
+        inside = (i + k < D) | (D % BLOCK_K == 0)  # the latter is known when it compiles
+        a = tl.load(CA + m[:, None] * D + (i + k)[None, :], row & inside[None, :], other=0)
+        b = tl.load(CB + outputs + (i + k)[:, None], inside[:, None], other=0)
         whole = tl.dot(a, b, whole, out_dtype=tl.int32)
     y = whole.to(tl.float32) * (tl.load(SCA + m0 + m, mask=m < M - m0, other=0) / 127)[:, None]
 
@@ -244,20 +223,13 @@ def mixed_scaled_mm_kernel(
 
 
 def mixed_scaled_mm(
-    CA: Tensor,
-    SCA: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor],
-    CB: Tensor,
-    SCB: Tensor,
-    out: Tensor,
-    then: str,
+    CA: Tensor, SCA: Tensor, kept: Buffers, weights: Pair, out: Tensor, then: str
 ) -> None:
-    """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) with scales SCB (N,):
+    """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) and scales SCB (N,):
     "store" puts the product (M, N) into out, "add" adds it to out."""
-    (M, D), N = CA.shape, len(CB)
-    grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
+    (M, D), N = CA.shape, out.shape[1]
     launch(
-        mixed_scaled_mm_kernel, grid, CA, SCA, *kept, CB, SCB, out, M, N, D, kept[2].shape[1],
-        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KEPT, NEIGHBOURS, then, num_warps=WARPS,
-        num_stages=STAGES,
+        mixed_scaled_mm_kernel, (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),), CA, SCA,
+        *kept, *weights, out, M, N, D, kept[2].shape[1], BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KEPT,
+        NEIGHBOURS, then, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

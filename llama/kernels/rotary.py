@@ -1,10 +1,10 @@
 """Rotary embedding of a prompt; its keys and values go into the cache."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama import model
 from llama.kernels.launch import launch
 
 BLOCK_T = 16  # tokens a program
@@ -13,10 +13,8 @@ BLOCK_T = 16  # tokens a program
 def rotate_torch(qkv, k_cache, v_cache, rotation) -> None:
     (T, _), (_, Hkv, K) = qkv.shape, k_cache.shape
     q, k, v = qkv.view(T, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 1)
-    cos, sin = rotation[:T, None].unbind(-1)
     for x in (q, k):
-        even, odd = x[..., ::2].float(), x[..., 1::2].float()
-        x.copy_(torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2))
+        x.copy_(model.rotate(x[None], rotation[None, :T])[0])
     k_cache[:T], v_cache[:T] = k, v
 
 
@@ -34,8 +32,8 @@ def rotate_kernel(
     x = tl.load(source, mask=inside)
     if h < H + HKV:
         even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_T, K // 2, 2)))
-        angle = tl.reshape(tl.load(rotation + t * K + d, mask=inside), (BLOCK_T, K // 2, 2))
-        cos, sin = tl.split(angle)
+        angle = tl.load(rotation + t * K + d, mask=inside)
+        cos, sin = tl.split(tl.reshape(angle, (BLOCK_T, K // 2, 2)))
         turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
         x = tl.reshape(turned, (BLOCK_T, K)).to(x.dtype)
         tl.store(source, x, mask=inside)
