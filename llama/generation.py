@@ -199,12 +199,12 @@ class LLaMA:
         step."""
         rows = [row for row, _ in batch]
         length = max(len(row.prompt_ids) + row.limit for row in rows)
-        self.check_room(len(rows), length)
         decoder, pick = None, partial(next_token, settings=settings)
         try:
             for row in rows:
                 row.begin()
             with self._turn():
+                self.check_room(len(rows), length)
                 decoder = Decoder(self.model, self.engine, len(rows), length, pick, logprobs)
             for slot, (row, uniform) in enumerate(batch):
                 with self._turn():
