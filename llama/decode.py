@@ -110,6 +110,11 @@ class Decoder:
             arrived.synchronize()
         return [values.tolist() for values in drawn]
 
+    def close(self) -> None:
+        """Lets go of cache and graph, though the frames of an error may still hold this decoder."""
+        vars(self.engine).clear()
+        vars(self).clear()
+
     def _advance(self) -> None:
         """Computes what follows the newest token of every slot, and draws the next."""
         self.due = False

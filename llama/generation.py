@@ -221,7 +221,8 @@ class LLaMA:
         except torch.OutOfMemoryError:
             raise self._too_big(len(rows), length) from None
         finally:
-            del decoder  # an error's frame, which a notebook keeps, would keep it
+            if decoder is not None:
+                decoder.close()
 
     def score(self, texts: list[str]) -> list[list[float]]:
         """The log-probability of each token of each text: one for each of
