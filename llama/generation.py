@@ -184,11 +184,12 @@ class LLaMA:
         self, rows: list[Continuation], settings: Settings, logprobs: bool
     ) -> Iterator[list[Continuation]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
-        draws = [uniform_numbers(seed, place, row.limit) for place, row in enumerate(rows)]
-        going = [(row, draw) for row, draw in zip(rows, draws) if row.limit]
-        batch = self.model.args.max_batch_size
-        for first in range(0, len(going), batch):
-            for _ in self._decode(going[first : first + batch], settings, logprobs):
+        going = [(place, row) for place, row in enumerate(rows) if row.limit]
+        size = self.model.args.max_batch_size
+        for first in range(0, len(going), size):
+            some = going[first : first + size]
+            batch = [(row, uniform_numbers(seed, place, row.limit)) for place, row in some]
+            for _ in self._decode(batch, settings, logprobs):
                 yield rows
         yield rows
 
@@ -235,7 +236,7 @@ class LLaMA:
         for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
             scores.append([])
             following = torch.tensor(ids[1:], device="cpu").split(POSITIONS)
-            for tokens, logits in zip(following, self.logits(ids[:-1]) if ids[1:] else ()):
+            for tokens, logits in zip(following, self.logits(ids[:-1])):
                 every = logits.log_softmax(-1)
                 scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
         return scores
@@ -243,6 +244,8 @@ class LLaMA:
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Float32 logits of what follows each of ids, in order: (n, V), at most POSITIONS at once,
         from one prefill."""
+        if not ids:
+            return
         engine = None
         try:
             with self._turn():

@@ -3,13 +3,11 @@
 Counts from the shapes alone, in int8 and in fp16, beside what is free.
 """
 
-import os
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from llama.cli import run
+from llama.generation import model_folder
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
 from llama.params import model_args, read_model
@@ -55,7 +53,7 @@ def main(
     if ckpt_dir is None:
         args = args_of(size, **limits)
     else:
-        args, _ = read_model(Path(os.path.expanduser(ckpt_dir)), tokenizer_path, **limits)
+        args, _ = read_model(model_folder(ckpt_dir), tokenizer_path, **limits)
     with torch.device("meta"):
         models = [Transformer(args, linear) for linear in (Int8Linear, nn.Linear)]
     int8, half = (need(model, max_batch_size, max_seq_len, torch.float16) for model in models)

@@ -89,8 +89,7 @@ def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
     one, two, new = encoded(llm, *PROMPTS)
 
     def alone(ids, count):
-        decoder = decoder_of(llm, [ids, two], count, [])
-        return [decoder.step()[0][0] for _ in range(count)]
+        return [first for first, _ in both(llm, [ids, two], count)]
 
     decoder = decoder_of(llm, [one, two], 40, [])
     steps = [decoder.step()[0] for _ in range(10)]
