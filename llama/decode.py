@@ -152,9 +152,13 @@ class Decoder:
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Torch's own stream for captures stays on the GPU that captured first in this process.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._forward()
+        with torch.cuda.stream(stream):
+            try:
+                graph.capture_begin(capture_error_mode="thread_local")
+                self._forward()
+            finally:  # after Ctrl-C, too: a stream left capturing would refuse all other work
+                if torch.cuda.is_current_stream_capturing():
+                    graph.capture_end()
         for tensor, value in zip(state, before):
             tensor.copy_(value)
         return graph
