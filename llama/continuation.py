@@ -6,6 +6,8 @@ them, so that reading at each token takes microseconds however long the text is.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 
 from llama.tokenizer import Tokenizer
 
@@ -84,3 +86,11 @@ class Continuation:
             end -= max((len(text) for text in begins if self._held.endswith(text)), default=0)
         self._text.append(self._held[:end])
         self._held = self._held[end:]
+
+
+def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
+    """What each step adds to the text of a single row."""
+    with closing(steps):
+        for [row] in steps:
+            if piece := row.read():
+                yield piece

@@ -88,8 +88,10 @@ class Decoder:
         """Begins a sequence with ids in a slot and draws its first token; the first `start` of them
         are in the slot's cache already. uniform (n,), on the host, has a number in [0, 1) for each
         token to come, of which there is at least one."""
-        if self.due:
+        self.left[slot] = 0
+        if self.due and any(self.left):
             self._advance()
+        self.due = False
         length, end = len(ids), len(ids) + len(uniform)
         self.lengths[slot] = start + 1  # should what follows be interrupted: see cached()
         self.tokens[slot, :length] = torch.tensor(ids, device="cpu")

@@ -43,11 +43,6 @@ class Tokenizer:
                 "e.g. --tokenizer_path /w/tokenizer.model"
             )
         content = read_bytes(path, LARGEST)
-        if len(content) == LARGEST:
-            raise ValueError(
-                f"{path} has {LARGEST:,} bytes or more, expected some 2,000,000 at most: pass the "
-                "tokenizer.model that came with the weights"
-            )
         kind = BytePairs if re.search(RANKS, content[:1000], re.M) else SentencePiece
         self._kind = kind(path, content)
         self.n_words, self.special = self._kind.n_words, self._kind.special
@@ -161,6 +156,39 @@ class BytePairs:
         end = b"".join(self._bytes[id] for id in ids)[-3:]
         _, whole = codecs.utf_8_decode(end, "replace")
         return len(end[whole:].decode(errors="replace"))
+
+
+def encode(
+    texts: list[str | list[int]], tokenizer: Tokenizer, max_seq_len: int, called: str = "prompt"
+) -> list[list[int]]:
+    """BOS and token ids of each text; a list of ids is taken as it is. ValueError if one is neither
+    or is too long."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(x, str | list) for x in texts):
+        raise ValueError(f"{called}s is {texts!r:.60}, expected a list of strings")
+    all_ids = []
+    for i, text in enumerate(texts, 1):
+        if isinstance(text, str):
+            check_text(text, f"{called} {i}")
+            ids = tokenizer.encode(text, bos=True, eos=False)
+        elif text and all(isinstance(id, int) and 0 <= id < tokenizer.n_words for id in text):
+            ids = text
+        else:
+            raise ValueError(
+                f"{called} {i} is {text!r:.60}, expected a string or token ids from 0 to "
+                f"{tokenizer.n_words - 1}"
+            )
+        if len(ids) > max_seq_len:
+            raise ValueError(
+                f"{called} {i} has {len(ids)} tokens, max_seq_len is {max_seq_len}: "
+                "shorten it or raise max_seq_len"
+            )
+        all_ids.append(ids)
+    return all_ids
+
+
+def check_text(text: str, called: str) -> None:
+    if re.search(r"[\ud800-\udfff]", text):
+        raise ValueError(f"{called} holds half a character (a lone surrogate): fix it")
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -1,6 +1,5 @@
 """Does text become sentencepiece's and tiktoken's own ids, and come back?"""
 
-import base64
 import random
 import sys
 import unicodedata
@@ -106,30 +105,6 @@ def test_a_piece_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content.replace(b"king", b"k\xffng"))
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         Tokenizer(tmp_path / "tokenizer.model")
-
-
-@pytest.fixture(scope="session")
-def llama3(tmp_path_factory):
-    pytest.importorskip("tiktoken")
-    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
-    path.write_bytes(byte_pairs.rank_file())
-    return Tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def tiktoken_itself(llama3):
-    """With all special tokens, unlike ours."""
-    import tiktoken
-
-    lines = [line.split() for line in llama3.path.read_text().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|{i}|>" for i in range(2, 6))]
-    names += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
-    names += [f"<|{i}|>" for i in range(10, 256)]
-    special = {name: len(ranks) + i for i, name in enumerate(names)}
-    return tiktoken.Encoding(
-        "test", pat_str=byte_pairs.PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
 
 
 def test_special_ids_are_llama_3s(llama3, tiktoken_itself):
@@ -276,7 +251,7 @@ AGAIN = ", expected another token in base64 and its rank"
         "empty token": (lambda: changed(300, lambda x: [b" 299\n"]), f"line 300 is .*{AGAIN} 299"),
         "cut": (lambda: byte_pairs.rank_file()[:-3], f"line 656 is b'.*'{AGAIN} 655"),
         "of 20 bytes": (lambda: b"".join(byte_pairs.rank_file().splitlines(True)[:20]), "byte 20"),
-        "too large": (lambda: byte_pairs.rank_file() * 1500, "has 8,388,608 bytes or more"),
+        "too large": (lambda: byte_pairs.rank_file() * 1500, f"line 657 is .*{AGAIN} 656"),
     }.values(),
 )
 def test_a_damaged_rank_file_is_one_sentence(tmp_path, content, message):
