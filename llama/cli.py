@@ -93,7 +93,8 @@ def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
     named = [name] if name in flags else [flag for flag in flags if flag[0] == name]
     if len(named) == 1:
         return named[0]
-    near = difflib.get_close_matches(OTHER_NAMES.get(name, name), flags, n=1)
+    meant = OTHER_NAMES.get(name)
+    near = [meant] if meant in flags else difflib.get_close_matches(name, flags, n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help"
     raise ValueError(f"unknown flag {written:.60}: {hint}")
 
