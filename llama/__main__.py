@@ -8,6 +8,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from inspect import getdoc
 from json import dumps, loads
 
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import llama
+from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
 from llama.generation import LLaMA, check_prompts
 from llama.room import size
@@ -94,11 +96,22 @@ def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logpr
     )
 
 
-def interact(respond: Callable[[str], None], json: bool) -> None:
+def converse(talk: Chat, line: str) -> None:
+    """Prints the answer to a line as it grows, or begins another conversation."""
+    if line.strip() == "/new":
+        talk.messages = []
+        return
+    with contextlib.closing(talk.answer(line)) as pieces:
+        for piece in pieces:
+            print(printable(piece), end="", flush=True)
+    print()
+
+
+def interact(respond: Callable[[str], None], json: bool, hint: str) -> None:
     """Calls respond with each line that is typed. With json, only its lines go to stdout."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
-    say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
+    say(f"{hint}, Ctrl-D leaves.")
     while True:
         line = ""
         try:
@@ -122,6 +135,7 @@ def main(
     prompt: str | None = None,
     prompt_file: str | None = None,
     interactive: bool = False,
+    chat: bool = False,
     json: bool = False,
     logprobs: bool = False,
     version: bool = False,
@@ -149,6 +163,8 @@ def main(
         prompt: text to continue; - is all of standard input
         prompt_file: file with a prompt a line, as JSON if it ends in .jsonl; - is standard input
         interactive: keeps the model loaded and continues each line that is typed
+        chat: talks with a Llama 2 Chat or Llama 3 Instruct model, which answers each line that is
+            typed and remembers those before, up to a line /new
         json: prints a line of JSON for each prompt: text is what was added, tokens are its ids with
             those of a stop string, finish_reason is stop, length or eos
         logprobs: with --json, adds the log-probability of each new token
@@ -166,9 +182,14 @@ def main(
     prompts = [] if prompt is None else [read_text("-") if prompt == "-" else prompt]
     if prompt_file is not None:
         prompts += read_prompts(prompt_file)
-    if not prompts and not interactive:
+    if chat and (prompts or interactive or json):
         raise ValueError(
-            "there is no prompt: pass --prompt TEXT, --prompt_file FILE or --interactive"
+            "--chat is a conversation that is typed: pass it without --prompt, --prompt_file, "
+            "--interactive and --json"
+        )
+    if not (prompts or interactive or chat):
+        raise ValueError(
+            "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive or --chat"
         )
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
@@ -176,7 +197,11 @@ def main(
     if prompts:
         answer(llm, prompts, settings, json, logprobs)
     if interactive:
-        interact(lambda line: answer(llm, [line], settings, json, logprobs), json)
+        hint = "Type a beginning. Ctrl-C stops a text"
+        interact(lambda line: answer(llm, [line], settings, json, logprobs), json, hint)
+    if chat:
+        hint = "Say something. Ctrl-C ends an answer, /new begins again"
+        interact(partial(converse, Chat(llm, settings)), json, hint)
 
 
 def command_line() -> None:

@@ -1,14 +1,20 @@
 """Is a conversation written as its models were trained, and is what was said computed once?"""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
 import byte_pairs
 import pytest
 import torch
-from checkpoints import random_weights, tiny_params
+from checkpoints import random_weights, tiny_params, write_checkpoint
 from conftest import DEMO
 from sentencepiece import SentencePieceProcessor
 from test_model import float_model
 
-from llama import LLaMA, Settings, chat, decode, generation
+from llama import LLaMA, Settings, __main__, chat, cli, decode, generation
 from llama.chat import Chat, conversation, stripped
 
 SYSTEM = {"role": "system", "content": " Be kind.\n"}
@@ -256,6 +262,57 @@ def test_a_conversation_too_long_is_refused_and_forgotten(llm):
         list(talk.answer("a b " * 300))
     assert talk.messages == []
     assert list(talk.answer("Hello"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, llama3):
+    """A model folder of Llama 3's kind, whose answers never end."""
+    params = tiny_params(n_heads=8, n_kv_heads=2)
+    weights = random_weights(params, vocab_size=llama3.n_words)
+    weights["output.weight"][list(llama3.end_ids)] = 0
+    folder = tmp_path_factory.mktemp("chat") / "tiny"
+    write_checkpoint(folder, params, weights, 1)
+    shutil.copy(llama3.path, folder)
+    return folder
+
+
+def test_talk_in_a_terminal(folder, run_command):
+    words = f"--chat --ckpt_dir={folder} --device=cpu --temperature=0 --max_gen_len=20".split()
+    typed = "Who are you?\n\nWhere do you live?\n/new\nWho are you?\n" + "a b " * 300 + "\nWhy?"
+    status, out, err = run_command(__main__.main, *words, stdin=typed.encode())
+    llm, messages, answers = LLaMA.build(folder, device="cpu"), [], []
+    for text in ("Who are you?", "Where do you live?"):
+        messages += [user(text)]
+        answers += [llm.chat(messages, 20, temperature=0)]
+        messages += [{"role": "assistant", "content": answers[-1]}]
+    why = [*messages[:2], user("Why?")]
+    said = [*answers, answers[0], llm.chat(why, 20, temperature=0)]
+    assert status == 0 and out == "".join(f"{cli.printable(text)}\n" for text in said)
+    assert "Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.\n" in err
+    assert err.count("error: the conversation has ") == 1
+
+
+def test_ctrl_c_in_a_terminal(folder):
+    """A real process and a real signal."""
+    words = [f"--ckpt_dir={folder}", "--max_seq_len=9000", "--max_gen_len=4000", "--top_k=50"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "llama", "--chat", "--device=cpu", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=DEMO.parents[1],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+    ) as process:
+        for line in (b"Who are you?\n", b"And where do you live?\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert len(process.stdout.read(20)) == 20
+            process.send_signal(signal.SIGINT)
+            while process.stderr.readline() != b"stopped\n":
+                assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(30) == 0 and b"error" not in process.stderr.read()
 
 
 def test_prompts_may_be_token_ids(llm):
