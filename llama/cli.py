@@ -22,14 +22,8 @@ import fire
 OTHER_NAMES = {  # what other programs call our flags
     **dict.fromkeys(("max_new_tokens", "max_tokens", "n_predict", "n"), "max_gen_len"),
     **dict.fromkeys(("max_length", "max_model_len", "ctx_size", "n_ctx"), "max_seq_len"),
-    **dict.fromkeys(("model", "model_path", "model_dir", "m"), "ckpt_dir"),
-    **{
-        "temp": "temperature",
-        "p": "prompt",
-        "c": "ckpt_dir",
-        "f": "prompt_file",
-        "output_dir": "out_dir",
-    },
+    **dict.fromkeys(("model", "model_path", "model_dir", "m", "c"), "ckpt_dir"),
+    **{"temp": "temperature", "p": "prompt", "f": "prompt_file", "output_dir": "out_dir"},
 }
 
 

@@ -122,10 +122,12 @@ def test_llama_2_takes_no_message_with_a_tag(demo, monkeypatch, tag, place):
     assert tag in str(caught.value)
 
 
-def test_the_demo_does_not_chat(demo):
+def test_the_demo_does_not_chat(demo, run_command):
     for call in (demo.chat, demo.stream, lambda messages: Chat(demo, GREEDY)):
         with pytest.raises(ValueError, match="does not chat.*: pass a folder of Llama 2 Chat or"):
             call(MESSAGES)
+    status, out, err = run_command(__main__.main, "--chat", "--device=cpu", stdin=b"Hello\n")
+    assert (status, out) == (1, "") and "error: this model does not chat" in err.splitlines()[-1]
 
 
 def test_stream_joins_to_the_answer(llm):

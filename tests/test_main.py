@@ -106,7 +106,6 @@ def test_json_has_what_was_generated(run, demo):
         (["-c=/w/13B"], "unknown flag -c: did you mean --ckpt_dir?"),
         (["--chat", "--prompt=a"], "--chat is a conversation that is typed: pass it without"),
         (["--chat", "--json"], "--chat is a conversation that is typed: pass it without"),
-        (["--chat"], "this model does not chat, the demo tells stories: pass a folder of"),
         (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt per line"),
     ],
     ids=lambda value: str(value)[:60],
