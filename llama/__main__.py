@@ -177,16 +177,11 @@ def main(
     settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
     if logprobs and not json:
         raise ValueError("--logprobs is a part of what --json prints: add --json")
-    if [prompt, prompt_file, "-" if interactive else None].count("-") > 1:
+    if [prompt, prompt_file, "-" if interactive or chat else None].count("-") > 1:
         raise ValueError("- is all of standard input, which can be read once: pass it alone")
     prompts = [] if prompt is None else [read_text("-") if prompt == "-" else prompt]
     if prompt_file is not None:
         prompts += read_prompts(prompt_file)
-    if chat and (prompts or interactive or json):
-        raise ValueError(
-            "--chat is a conversation that is typed: pass it without --prompt, --prompt_file, "
-            "--interactive and --json"
-        )
     if not (prompts or interactive or chat):
         raise ValueError(
             "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive or --chat"

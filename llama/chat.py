@@ -19,7 +19,7 @@ class Chat:
     keys and values, so that only what is new is prefilled. Errors as those of `LLaMA.chat`."""
 
     def __init__(self, llm, settings: Settings):
-        check_chat(llm.tokenizer)
+        conversation([{"role": "user", "content": ""}], llm)  # does the model chat?
         self.llm, self.settings = llm, settings
         self.messages: list[dict[str, str]] = []
         self.decoder = llm.decoder(1, llm.model.args.max_seq_len, settings)
@@ -29,10 +29,9 @@ class Chat:
         and the text before it; neither if nothing came."""
         messages, said = [*self.messages, {"role": "user", "content": text}], ""
         ids = conversation(messages, self.llm)
+        steps = self.llm.steps([ids], self.settings, decoder=self.decoder)
         try:
-            for piece in stripped(
-                pieces(self.llm.steps([ids], self.settings, False, self.decoder))
-            ):
+            for piece in stripped(pieces(steps)):
                 said += piece
                 yield piece
         finally:
@@ -43,8 +42,12 @@ class Chat:
 def conversation(messages: list[dict[str, str]], llm) -> list[int]:
     """The ids of messages, up to where the answer of a LLaMA begins. ValueError for what is no
     conversation, leaves no place for an answer, or is for a model that does not chat."""
-    check_chat(llm.tokenizer)
-    check_messages(messages)
+    if llm.tokenizer.n_words < FEWEST_WORDS and not llm.tokenizer.special:
+        raise ValueError(
+            "this model does not chat, the demo tells stories: pass a folder of Llama 2 Chat or "
+            "Llama 3 Instruct, e.g. --ckpt_dir /w/Llama3.1-8B-Instruct"
+        )
+    check(messages)
     turns = [(message["role"], message["content"].strip()) for message in messages]
     ids = (llama_3_ids if llm.tokenizer.special else llama_2_ids)(turns, llm.tokenizer)
     if len(ids) >= llm.model.args.max_seq_len:
@@ -79,22 +82,14 @@ def llama_2_ids(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[int]
     return ids + tokenizer.encode(f"[INST] {contents[-1]} [/INST]", bos=True, eos=False)
 
 
-def check_chat(tokenizer: Tokenizer) -> None:
-    if tokenizer.n_words < FEWEST_WORDS and not tokenizer.special:
-        raise ValueError(
-            "this model does not chat, the demo tells stories: pass a folder of Llama 2 Chat or "
-            "Llama 3 Instruct, e.g. --ckpt_dir /w/Llama3.1-8B-Instruct"
-        )
-
-
-def check_messages(messages: list[dict[str, str]]) -> None:
+def check(messages: list[dict[str, str]]) -> None:
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages is {messages!r:.60}, expected a list of them")
     for i, message in enumerate(messages, 1):
-        right = isinstance(message, dict) and message.keys() == {"role", "content"}
-        if not right or not isinstance(message["content"], str):
-            expected = 'expected the like of {"role": "user", "content": "some text"}'
-            raise ValueError(f"message {i} is {message!r:.80}, {expected}")
+        keyed = isinstance(message, dict) and message.keys() == {"role", "content"}
+        if not keyed or not isinstance(message["content"], str):
+            expected = {"role": "user", "content": "some text"}
+            raise ValueError(f"message {i} is {message!r:.80}, expected the like of {expected}")
         check_text(message["content"], f"message {i}")
     by_system = messages[0]["role"] == "system"
     roles = ["system"] * by_system + ["user", "assistant"] * len(messages)

@@ -30,6 +30,8 @@ from llama.sampling import NOT_FINITE, next_token
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode
 
+Batch = list[tuple[Continuation, Tensor]]
+
 DEMO = Path(__file__).parent / "demo"
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
 # Weights below which one core of a CPU is as fast as several, and several are slowed down by any
@@ -224,11 +226,7 @@ class LLaMA:
         yield rows
 
     def _decode(
-        self,
-        batch: list[tuple[Continuation, Tensor]],
-        settings: Settings,
-        logprobs: bool,
-        kept: Decoder | None,
+        self, batch: Batch, settings: Settings, logprobs: bool, kept: Decoder | None
     ) -> Iterator[None]:
         """Continues rows, each with its uniform numbers, until all have ended. Yields at each
         step. A decoder that is kept may hold what a prompt begins with."""

@@ -120,13 +120,14 @@ def test_special_ids_are_llama_3s(llama3, tiktoken_itself):
     assert list(llama3.end_ids) == [special[name] for name in ends]
 
 
-def streamed(tokenizer, ids):
-    row = Continuation(tokenizer, [tokenizer.bos_id], 10**6, [])
+def streamed(tokenizer, ids, prompt_ids=(), every=1, stop=()):
+    row = Continuation(tokenizer, [tokenizer.bos_id, *prompt_ids], 10**6, stop)
     pieces = []
-    for id in [*ids, tokenizer.eos_id]:
-        row.add(id)
-        pieces.append(row.read())
-    return pieces
+    for n, id in enumerate([*ids, tokenizer.eos_id]):
+        if row.finish_reason is None:
+            row.add(id)
+            pieces.append(row.read() if n % every == 0 else "")
+    return [*pieces[:-1], pieces[-1] + row.read()]
 
 
 def test_10000_texts_are_tiktokens_ids_and_come_back(llama3, tiktoken_itself):
@@ -159,9 +160,27 @@ def test_random_tokens_stream_to_the_text_of_one_decode(llama3):
         ids = [i if generator.random() < 0.7 else generator.randrange(len(ids) + 700) for i in ids]
         ids = [i for i in ids if i not in llama3.end_ids]
         pieces = streamed(llama3, ids)
-        assert "".join(pieces) == llama3.decode(ids)
+        assert "".join(pieces) == "".join(streamed(llama3, ids, every=3)) == llama3.decode(ids)
         held = [len("".join(pieces[:n])) - len(llama3.decode(ids[:n])) for n in range(len(ids))]
         assert min(held, default=0) >= -3  # a character of bytes that lack one, as three
+
+
+def test_a_prompt_of_ids_may_end_within_a_character(llama3):
+    ids = list("The \N{FOX FACE} \N{BEAR FACE}".encode())  # the first 256 ids are bytes
+    for n in range(4, len(ids)):
+        pieces = streamed(llama3, ids[n:], prompt_ids=ids[:n])
+        begun = llama3.decode(ids[:n]).rstrip("\ufffd")
+        assert begun + "".join(pieces) == "The \N{FOX FACE} \N{BEAR FACE}"
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_stop_strings_at_any_place_of_tokens(llama3, every):
+    for line in byte_pairs.SCRIPTS.split("\n")[1:-1]:
+        ids = llama3.encode(line, False, False)
+        for place in range(3, len(line) - 3, 2):
+            stop = line[place : place + 3]
+            said = "".join(streamed(llama3, ids, every=every, stop=[stop]))
+            assert said == line[: line.index(stop)]
 
 
 def text_of(token):
