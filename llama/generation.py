@@ -1,5 +1,5 @@
 """`LLaMA`: a model and its tokenizer. `build` loads them, `generate` and `stream` continue prompts,
-`score` says how likely a text is.
+`chat` answers in a conversation, `score` says how likely a text is.
 
 A prompt becomes ids, which go into a slot of a `Decoder`; from then on each step gives every slot
 its next id, and a `Continuation` turns them into text. Each call has its own state, so that calls

@@ -171,7 +171,7 @@ def encode(
             check_text(text, f"{called} {i}")
             ids = tokenizer.encode(text, bos=True, eos=False)
         elif text and all(isinstance(id, int) and 0 <= id < tokenizer.n_words for id in text):
-            ids = text
+            ids = list(text)
         else:
             raise ValueError(
                 f"{called} {i} is {text!r:.60}, expected a string or token ids from 0 to "

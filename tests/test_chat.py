@@ -213,6 +213,28 @@ def test_reuse_changes_no_logit_by_more_than_rounding(llm):
         assert (logits - whole[start:]).abs().max() < 2e-5
 
 
+@pytest.mark.cuda
+@torch.inference_mode()
+@pytest.mark.parametrize("use_int8, engine", [(True, "triton"), (True, "bnb"), (False, "triton")])
+def test_reuse_on_cuda(folder, use_int8, engine):
+    """Which tokens are cached is exact; what follows differs by rounding, to 8 bits in int8."""
+    llm = LLaMA.build(folder, device="cuda", use_int8=use_int8, engine=engine)
+    talk = Chat(llm, GREEDY)
+    for text in ("Who are you?", "Where do you live?", "Why?"):
+        ids = conversation([*talk.messages, user(text)], llm)
+        before = conversation(talk.messages[:-1], llm) if talk.messages else []
+        cached = talk.decoder.cached(0, ids)
+        assert len(before) <= cached < len(ids)
+        assert "".join(talk.answer(text))
+        fresh, reused = (decode.make_engine(llm.model, llm.engine, 1, 400) for _ in range(2))
+        expected = fresh.head(fresh.prefill(0, torch.tensor(ids, device="cuda"))[-1:])
+        reused.cache.k[:, :, :cached] = talk.decoder.engine.cache.k[:, :, :cached]
+        reused.cache.v[:, :, :cached] = talk.decoder.engine.cache.v[:, :, :cached]
+        new = torch.tensor(ids[cached:], device="cuda")
+        error = reused.head(reused.prefill(0, new, cached)[-1:]) - expected
+        assert error.std() < (0.1 if use_int8 else 0.01) * expected.std()
+
+
 def test_another_beginning_is_prefilled_again(llm, prefills):
     talk = Chat(llm, GREEDY)
     list(talk.answer("Who are you?"))
@@ -269,7 +291,7 @@ def test_a_conversation_too_long_is_refused_and_forgotten(llm):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, llama3):
     """A model folder of Llama 3's kind, whose answers never end."""
-    params = tiny_params(n_heads=8, n_kv_heads=2)
+    params = tiny_params(n_kv_heads=2)
     weights = random_weights(params, vocab_size=llama3.n_words)
     weights["output.weight"][list(llama3.end_ids)] = 0
     folder = tmp_path_factory.mktemp("chat") / "tiny"
