@@ -107,11 +107,10 @@ def converse(talk: Chat, line: str) -> None:
     print()
 
 
-def interact(respond: Callable[[str], None], json: bool, hint: str) -> None:
+def interact(respond: Callable[[str], None], json: bool) -> None:
     """Calls respond with each line that is typed. With json, only its lines go to stdout."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
-    say(f"{hint}, Ctrl-D leaves.")
     while True:
         line = ""
         try:
@@ -192,11 +191,12 @@ def main(
     if prompts:
         answer(llm, prompts, settings, json, logprobs)
     if interactive:
-        hint = "Type a beginning. Ctrl-C stops a text"
-        interact(lambda line: answer(llm, [line], settings, json, logprobs), json, hint)
+        say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
+        interact(lambda line: answer(llm, [line], settings, json, logprobs), json)
     if chat:
-        hint = "Say something. Ctrl-C ends an answer, /new begins again"
-        interact(partial(converse, Chat(llm, settings)), json, hint)
+        talk = Chat(llm, settings)
+        say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")
+        interact(partial(converse, talk), json)
 
 
 def command_line() -> None:
