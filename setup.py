@@ -42,9 +42,11 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "llama3": ["tiktoken>=0.9"],  # the tokenizer of Llama 3
         "plot": ["matplotlib>=3.9"],  # the picture of llama.perplexity
         "test": [
             "pytest>=8",
+            "tiktoken>=0.9",
             "hypothesis>=6",
             "numpy>=2",
             "ruff==0.17.6",

@@ -7,6 +7,8 @@ JSON has them exactly.
 import contextlib
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from inspect import getdoc
 from json import dumps, loads
 
@@ -14,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import llama
+from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
 from llama.generation import LLaMA, check_prompts
 from llama.room import size
@@ -23,16 +26,16 @@ from llama.settings import Settings
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file, one per line: text, or JSON in a .jsonl file and in standard input
     whose first line is a JSON object or whose lines are all JSON."""
-    lines = [(n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    lines = {n: line for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()}
     source = "standard input" if path == "-" else path
     if not lines:
         raise ValueError(f"{source} holds no prompt: pass a file with a prompt per line")
-    values = [parsed(line) for _, line in lines]
+    values = [parsed(line) for line in lines.values()]
     is_json = path == "-" and (isinstance(values[0], dict) or None not in values)
     if not (is_json or path.endswith(".jsonl")):
-        return [line for _, line in lines]
+        return list(lines.values())
     prompts = [value.get("prompt") if isinstance(value, dict) else value for value in values]
-    for prompt, (n, line) in zip(prompts, lines):
+    for prompt, (n, line) in zip(prompts, lines.items()):
         if not isinstance(prompt, str):
             expected = 'expected a JSON string or {"prompt": "..."}'
             raise ValueError(f"{source}, line {n} is {line!r:.60}, {expected}")
@@ -72,10 +75,7 @@ def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logpr
             while not stream and shown < len(rows) and rows[shown].finish_reason:
                 prompt, row = prompts[shown], rows[shown]
                 shown += 1
-                if not json:
-                    text = printable(prompt + row.text)
-                    tqdm.write(f"{text}\n\n==================================\n")
-                    continue
+                text = f"{printable(prompt + row.text)}\n\n==================================\n"
                 result = {
                     "prompt": prompt,
                     "text": row.text,
@@ -83,44 +83,49 @@ def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logpr
                     "finish_reason": row.finish_reason,
                     "seconds": round(row.seconds, 4),
                     "seconds_to_first_token": round(row.seconds_to_first_token, 4),
-                }
-                tqdm.write(dumps(result | ({"logprobs": row.logprobs} if logprobs else {})))
+                } | ({"logprobs": row.logprobs} if logprobs else {})
+                tqdm.write(dumps(result) if json else text)
             sys.stdout.flush()
     if stream:
         print()
     new, took = sum(len(row.ids) for row in rows), time.perf_counter() - started
-    print(
+    say(
         f"{sum(len(row.prompt_ids) for row in rows)} prompt tokens, {new} new tokens, "
         f"{rows[0].seconds_to_first_token:.2f} s to the first token, {new / took:.1f} tokens/s, "
-        f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}",
-        file=sys.stderr,
+        f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}"
     )
 
 
-def interact(llm: LLaMA, settings: Settings, json: bool, logprobs: bool) -> None:
-    """Continues each line that is typed."""
+def converse(talk: Chat, line: str) -> None:
+    """Prints the answer to a line as it grows, or begins another conversation."""
+    if line.strip() == "/new":
+        talk.messages = []
+        return
+    with contextlib.closing(talk.answer(line)) as pieces:
+        for piece in pieces:
+            print(printable(piece), end="", flush=True)
+    print()
+
+
+def interact(respond: Callable[[str], None], json: bool) -> None:
+    """Calls respond with each line that is typed. With json, only its lines go to stdout."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
-    print("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
     while True:
+        line = ""
         try:
-            prompt = input("> " if sys.stdout.isatty() else "")
+            line = input("> " if sys.stdout.isatty() else "")
+            if line:
+                respond(line)
         except EOFError:
             print(file=sys.stderr)
             return
         except KeyboardInterrupt:
-            print("\nCtrl-D leaves.", file=sys.stderr)
-            continue
+            if line and not json:
+                print()
+            print("stopped" if line else "\nCtrl-D leaves.", file=sys.stderr)
         except UnicodeDecodeError as error:
             say(f"error: that is not {error.encoding} text: type it again")
-            continue
-        try:
-            if prompt:
-                answer(llm, [prompt], settings, json, logprobs)
-        except KeyboardInterrupt:
-            if not json:
-                print()
-            print("stopped", file=sys.stderr)
         except (ValueError, MemoryError, FloatingPointError) as error:
             say(f"error: {error}")
 
@@ -129,6 +134,7 @@ def main(
     prompt: str | None = None,
     prompt_file: str | None = None,
     interactive: bool = False,
+    chat: bool = False,
     json: bool = False,
     logprobs: bool = False,
     version: bool = False,
@@ -156,6 +162,8 @@ def main(
         prompt: text to continue; - is all of standard input
         prompt_file: file with a prompt a line, as JSON if it ends in .jsonl; - is standard input
         interactive: keeps the model loaded and continues each line that is typed
+        chat: talks with a Llama 2 Chat or Llama 3 Instruct model, which answers each line that is
+            typed and remembers those before, up to a line /new
         json: prints a line of JSON for each prompt: text is what was added, tokens are its ids with
             those of a stop string, finish_reason is stop, length or eos
         logprobs: with --json, adds the log-probability of each new token
@@ -168,14 +176,14 @@ def main(
     settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
     if logprobs and not json:
         raise ValueError("--logprobs is a part of what --json prints: add --json")
-    if [prompt, prompt_file, "-" if interactive else None].count("-") > 1:
+    if [prompt, prompt_file, "-" if interactive or chat else None].count("-") > 1:
         raise ValueError("- is all of standard input, which can be read once: pass it alone")
     prompts = [] if prompt is None else [read_text("-") if prompt == "-" else prompt]
     if prompt_file is not None:
         prompts += read_prompts(prompt_file)
-    if not prompts and not interactive:
+    if not (prompts or interactive or chat):
         raise ValueError(
-            "there is no prompt: pass --prompt TEXT, --prompt_file FILE or --interactive"
+            "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive or --chat"
         )
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
@@ -183,7 +191,12 @@ def main(
     if prompts:
         answer(llm, prompts, settings, json, logprobs)
     if interactive:
-        interact(llm, settings, json, logprobs)
+        say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
+        interact(lambda line: answer(llm, [line], settings, json, logprobs), json)
+    if chat:
+        talk = Chat(llm, settings)
+        say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")
+        interact(partial(converse, talk), json)
 
 
 def command_line() -> None:

@@ -22,7 +22,7 @@ import fire
 OTHER_NAMES = {  # what other programs call our flags
     **dict.fromkeys(("max_new_tokens", "max_tokens", "n_predict", "n"), "max_gen_len"),
     **dict.fromkeys(("max_length", "max_model_len", "ctx_size", "n_ctx"), "max_seq_len"),
-    **dict.fromkeys(("model", "model_path", "model_dir", "m"), "ckpt_dir"),
+    **dict.fromkeys(("model", "model_path", "model_dir", "m", "c"), "ckpt_dir"),
     **{"temp": "temperature", "p": "prompt", "f": "prompt_file", "output_dir": "out_dir"},
 }
 
@@ -58,43 +58,43 @@ def run(command: Callable[..., None]) -> None:
 
 def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[str]:
     """The words of a command line as one --name=value a flag; ValueError for a mistake in them."""
+    words, given = list(words), {}
     required = [name for name, flag in flags.items() if flag.default is flag.empty]
-    given, waiting = {}, None  # the flag whose value the next word may be
-    for word in words:
-        if waiting and not word.startswith("-" if flags[waiting].annotation is bool else "--"):
-            given[waiting], waiting = word, None
-            continue
+    while words:
+        word = words.pop(0)
+        if required and not word.startswith("-"):
+            word = f"--{required[0]}={word}"
+        elif word.startswith("--no") and word[4:] in flags:  # as fire has it
+            word = f"--{word[4:]}=False"
         written, equals, value = word.partition("=")
-        unnamed = [name for name in required if name not in given]
-        if not word.startswith("-") and unnamed:
-            name, equals, value = unnamed[0], "=", word
-        elif written[2:].startswith("no") and written[4:] in flags:  # as fire has it
-            name, equals, value = written[4:], "=", "False"
-        else:
-            name = flag_of(written, flags)
+        name = flag_of(written, flags)
+        if not equals:
+            switch = flags[name].annotation is bool
+            follows = words and not words[0].startswith("-" if switch else "--")
+            if not (follows or switch):
+                raise ValueError(f"--{name} has no value: write --{name}=VALUE")
+            value = words.pop(0) if follows else "True"
         if name in given:
             several = 'several texts are lines of a --prompt_file or --stop=\'["a", "b"]\''
             raise ValueError(f"--{name} is given twice: give it once; {several}")
-        given[name] = value if equals else "True" if flags[name].annotation is bool else None
-        waiting = None if equals else name
-    if empty := [name for name, value in given.items() if value is None]:
-        raise ValueError(f"--{empty[0]} has no value: write --{empty[0]}=VALUE")
-    if missing := [name for name in required if name not in given]:
-        raise ValueError(f"--{missing[0]} is missing: write --{missing[0]}=VALUE, see --help")
+        given[name] = value
+        required = [name for name in required if name not in given]
+    if required:
+        raise ValueError(f"--{required[0]} is missing: write --{required[0]}=VALUE, see --help")
     return [f"--{name}={value}" for name, value in given.items()]
 
 
 def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
     """The flag that a word such as --max-gen-len, or -c where no other begins with c, names."""
     name = written.lstrip("-").replace("-", "_")
-    if not written.startswith("-") or not name:
+    if not (name and written.startswith("-")):
         instead = "--prompt=TEXT" if "prompt" in flags else "--NAME=VALUE"
         raise ValueError(f"{written!r:.60} belongs to no flag: write {instead}, see --help")
-    starting = [flag for flag in flags if flag[0] == name]
-    if name in flags or len(starting) == 1:
-        return name if name in flags else starting[0]
-    near = [OTHER_NAMES.get(name), *difflib.get_close_matches(name, flags, n=1)]
-    near = [flag for flag in near if flag in flags]
+    named = [name] if name in flags else [flag for flag in flags if flag[0] == name]
+    if len(named) == 1:
+        return named[0]
+    meant = OTHER_NAMES.get(name)
+    near = [meant] if meant in flags else difflib.get_close_matches(name, flags, n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help"
     raise ValueError(f"unknown flag {written:.60}: {hint}")
 
@@ -118,7 +118,7 @@ def parse(flag: inspect.Parameter, value: str) -> Any:
 
 def read_text(path: str) -> str:
     """The text of a file, or of standard input for -, without the line end that is its last."""
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if path != "-" and (file.is_dir() or not file.exists()):
         found = "is a folder" if file.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path!r} {found}: pass a text file, or - for standard input")

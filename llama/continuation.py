@@ -6,6 +6,8 @@ them, so that reading at each token takes microseconds however long the text is.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 
 from llama.tokenizer import Tokenizer
 
@@ -24,8 +26,10 @@ class Continuation:
         self._began = time.perf_counter()
         self._text: list[str] = []
         self._held = ""  # text that may begin a stop string
-        # Ids to decode before the new ones (for a leading space, say), and how long their text is.
-        self._before, self._skip = prompt_ids, len(tokenizer.decode(prompt_ids))
+        # Ids to decode before the new ones (for a leading space, say), and how much of their text
+        # has been taken.
+        self._before = prompt_ids
+        self._skip = len(tokenizer.decode(prompt_ids)) - tokenizer.unfinished(prompt_ids)
         self._decoded = self._read = 0  # ids that were decoded, parts of _text that were read
 
     @property
@@ -49,7 +53,7 @@ class Continuation:
         of a stop string, or the token that reaches the limit."""
         self.seconds = time.perf_counter() - self._began
         self.seconds_to_first_token = self.seconds_to_first_token or self.seconds
-        if id == self.tokenizer.eos_id:
+        if id in self.tokenizer.end_ids:
             self.finish_reason = "eos"
         else:
             self.ids.append(id)
@@ -63,16 +67,17 @@ class Continuation:
     def _decode(self) -> None:
         """Decodes the new ids; sets finish_reason if a stop string is in their text."""
         new = self.ids[self._decoded :]
-        if self.finish_reason is None:
-            new = new[: len(new) - self.tokenizer.unfinished(new)]
-        if new:
+        if new or self.finish_reason:
             self._decoded += len(new)
-            text, alone = (self.tokenizer.decode(ids) for ids in (self._before + new, new))
-            self._held += text[self._skip :]
-            if alone:
+            self._before = self._before + new
+            text = self.tokenizer.decode(self._before)
+            unfinished = 0 if self.finish_reason else self.tokenizer.unfinished(self._before)
+            end = len(text) - unfinished
+            self._held += text[self._skip : end]
+            self._skip = end
+            # Ids without text of their own do not keep the next one's leading space.
+            if not unfinished and (alone := self.tokenizer.decode(new)):
                 self._before, self._skip = new, len(alone)
-            else:  # ids without text of their own do not keep the next one's leading space
-                self._before, self._skip = self._before + new, len(text)
         end = len(self._held)
         if found := [place for stop in self.stop if (place := self._held.find(stop)) >= 0]:
             self.finish_reason, end = "stop", min(found)
@@ -81,3 +86,11 @@ class Continuation:
             end -= max((len(text) for text in begins if self._held.endswith(text)), default=0)
         self._text.append(self._held[:end])
         self._held = self._held[end:]
+
+
+def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
+    """What each step adds to the text of a single row."""
+    with closing(steps):
+        for [row] in steps:
+            if piece := row.read():
+                yield piece

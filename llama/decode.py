@@ -10,6 +10,7 @@ launched one by one from Python, its kernels would take longer to launch than to
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -31,9 +32,11 @@ class TorchEngine:
         # bitsandbytes asks the host whether there are outliers, which a CUDA graph cannot hold.
         self.capturable = cache.k.is_cuda and not isinstance(model.output, Int8Linear)
 
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
-        """What the head reads (T, D), of tokens (T,) that begin a sequence; fills the cache."""
-        return self.model.features(tokens[None], 0, self.cache.slot(slot))[0]
+    def prefill(self, slot: int, tokens: Tensor, start: int = 0) -> Tensor:
+        """What the head reads (T, D), of tokens (T,) from position `start` of a sequence on, those
+        before it being in the cache; fills the cache."""
+        cache = self.cache.slot(slot, start + len(tokens))
+        return self.model.features(tokens[None], start, cache)[0]
 
     def head(self, features: Tensor) -> Tensor:
         """Float32 logits (T, V) of what follows each of some tokens."""
@@ -81,18 +84,28 @@ class Decoder:
         self.due = False  # the newest tokens were returned, others are to follow
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def prefill(self, slot: int, ids: list[int], uniform: Tensor) -> None:
-        """Begins a sequence with ids in a slot and draws its first token. uniform (n,), on the
-        host, has a number in [0, 1) for each token to come, of which there is at least one."""
-        if self.due:
+    def prefill(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
+        """Begins a sequence with ids in a slot and draws its first token; the first `start` of them
+        are in the slot's cache already. uniform (n,), on the host, has a number in [0, 1) for each
+        token to come, of which there is at least one."""
+        self.left[slot] = 0
+        if self.due and any(self.left):
             self._advance()
-        start, end = len(ids), len(ids) + len(uniform)
-        self.tokens[slot, :start] = torch.tensor(ids, device="cpu")
-        self.uniform[slot, start:end] = uniform
-        self.lengths[slot], self.last[slot] = start, end - 1
+        self.due = False
+        length, end = len(ids), len(ids) + len(uniform)
+        self.lengths[slot] = start + 1  # should what follows be interrupted: see cached()
+        self.tokens[slot, :length] = torch.tensor(ids, device="cpu")
+        self.uniform[slot, length:end] = uniform
         self.left[slot] = len(uniform) - 1
-        features = self.engine.prefill(slot, self.tokens[slot, :start])
+        features = self.engine.prefill(slot, self.tokens[slot, start:length], start)
+        self.lengths[slot], self.last[slot] = length, end - 1
         self._draw(self.engine.head(features[-1:]), slice(slot, slot + 1))
+
+    def cached(self, slot: int, ids: list[int]) -> int:
+        """How many of ids, the last not among them, a slot's cache holds from an earlier sequence
+        that begins alike. Its newest token is never in it."""
+        there = self.tokens[slot, : self.lengths[slot] - 1].tolist()
+        return len([*takewhile(lambda pair: pair[0] == pair[1], zip(there, ids[:-1]))])
 
     def step(self) -> list[list]:
         """The newest token of every slot, NOT_FINITE where its logits were not all finite; with

@@ -32,10 +32,15 @@ class FusedEngine:
         self.output = join([model.output])
         self.buffers = DecodeBuffers(model.args, cache.k.shape[1], cache.k.device)
 
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
-        """Runs the first tokens (T,) of a sequence and fills its cache. Returns the residual stream
-        (T, D) float32 after all layers, which the head reads."""
-        args, rotation = self.model.args, self.model.rotation
+    def prefill(self, slot: int, tokens: Tensor, start: int = 0) -> Tensor:
+        """Runs tokens (T,) of a sequence from position `start` on, those before it being in the
+        cache, and fills the cache. Returns the residual stream (T, D) float32 after all layers,
+        which the head reads."""
+        args, rotation = self.model.args, self.model.rotation[start:]
+        end, mask = start + len(tokens), None
+        if start:  # (1, 1, T, S): each token sees the cache up to itself
+            seen = torch.arange(end, device=tokens.device)
+            mask = (seen <= seen[start:, None])[None, None]
         buffers = PrefillBuffers(args, len(tokens), tokens.device)
         residual, qkv, w13 = buffers.residual, buffers.qkv, buffers.w13
         residual.copy_(self.model.tok_embeddings.weight[tokens])
@@ -46,13 +51,17 @@ class FusedEngine:
             rounded = vectorwise_quant(x, OUTLIER_THRESHOLD, codes, before, norm)
             mixed_scaled_mm(*rounded, weights, out, then)
 
-        layers = zip(self.model.layers, self.layers, self.cache.k[:, slot], self.cache.v[:, slot])
+        caches = self.cache.k[:, slot, :end], self.cache.v[:, slot, :end]
+        new = (cache[:, start:] for cache in caches)
+        layers = zip(self.model.layers, self.layers, *caches, *new)
         with closing(repeating(layers)) as alike:
-            for layer, (wqkv, wo, w1w3, w2), keys, values in alike:
+            for layer, (wqkv, wo, w1w3, w2), keys, values, *written in alike:
                 norm = layer.attention_norm.weight, args.norm_eps
                 multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", norm)
-                rotate(qkv, keys, values, rotation)
-                out = attend(q, k, v, None).reshape(len(tokens), args.dim)
+                rotate(qkv, *written, rotation)
+                if start:
+                    k, v = keys[None], values[None]
+                out = attend(q, k, v, mask).reshape(len(tokens), args.dim)
                 multiply(out, wo, residual, "add", buffers.dim)
                 norm = layer.ffn_norm.weight, args.norm_eps
                 multiply(residual, w1w3, w13, "store", buffers.dim, "rms_norm", norm)

@@ -1,5 +1,5 @@
 """`LLaMA`: a model and its tokenizer. `build` loads them, `generate` and `stream` continue prompts,
-`score` says how likely a text is.
+`chat` answers in a conversation, `score` says how likely a text is.
 
 A prompt becomes ids, which go into a slot of a `Decoder`; from then on each step gives every slot
 its next id, and a `Continuation` turns them into text. Each call has its own state, so that calls
@@ -7,13 +7,12 @@ may be abandoned or interleaved. Threads may share a model: they take turns, a s
 """
 
 import os
-import re
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +20,17 @@ import torch
 from torch import Tensor
 
 from llama import checkpoint, room
-from llama.continuation import Continuation
+from llama.chat import conversation, stripped
+from llama.continuation import Continuation, pieces
 from llama.decode import ENGINES, Decoder, make_engine
 from llama.device import pick_device, pick_engine, use_cores
 from llama.model import Transformer
 from llama.params import read_model
 from llama.sampling import NOT_FINITE, next_token
 from llama.settings import Settings
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, encode
+
+Batch = list[tuple[Continuation, Tensor]]
 
 DEMO = Path(__file__).parent / "demo"
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
@@ -100,7 +102,7 @@ class LLaMA:
 
     def generate(
         self,
-        prompts: list[str],
+        prompts: list[str | list[int]],
         max_gen_len: int = 256,
         temperature: float = 0.8,
         top_p: float = 0.95,
@@ -120,7 +122,7 @@ class LLaMA:
         not fit; FloatingPointError if the model computes logits that are not finite.
 
         Args:
-            prompts: a list of any length
+            prompts: a list of any length, of texts or of lists of token ids
             max_gen_len: longest continuation, in tokens
             temperature: 0 takes the most likely token, 1 samples from the model's distribution
             top_p: samples from the fewest most likely tokens whose probabilities reach this sum
@@ -135,11 +137,34 @@ class LLaMA:
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         *_, rows = self.steps(prompts, settings)
-        return [prompt + row.text for prompt, row in zip(prompts, rows)]
+        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
+        return [text + row.text for text, row in zip(texts, rows)]
+
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        max_gen_len: int = 256,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.0,
+        repetition_penalty_range: int = 1024,
+        repetition_penalty_slope: float = 0.0,
+        seed: int | None = None,
+        stop: list[str] | str = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> str:
+        """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, each a dict of role
+        and content: a system's may come first, then user and assistant take turns, the user last.
+        Settings and errors are those of `generate`; ValueError too for a model without chat."""
+        penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        *_, [row] = self.steps([conversation(messages, self)], settings)
+        return row.text.strip()
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | list[int] | list[dict[str, str]],
         max_gen_len: int = 256,
         temperature: float = 0.8,
         top_p: float = 0.95,
@@ -152,20 +177,27 @@ class LLaMA:
         min_p: float = 0.0,
     ) -> Iterator[str]:
         """The continuation of one prompt in pieces, as they come. Joined they are what `generate`
-        adds to the prompt; none is part of a character or taken back. Settings and errors are those
-        of `generate`; a wrong setting or prompt raises at once."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {prompt!r:.60}, expected a string")
+        adds to the prompt; none is part of a character or taken back. Of messages, as `chat` takes
+        them, they are the answer. Settings and errors are those of `generate`; a wrong setting or
+        prompt raises at once."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
+            ids = conversation(prompt, self)
+            return stripped(pieces(self.steps([ids], settings)))
         return pieces(self.steps([prompt], settings))
 
     def steps(
-        self, prompts: list[str], settings: Settings, logprobs: bool = False
+        self,
+        prompts: list[str | list[int]],
+        settings: Settings,
+        logprobs: bool = False,
+        decoder: Decoder | None = None,
     ) -> Iterator[list[Continuation]]:
         """Yields the same list of Continuations, one a prompt, after every step and once more at
         the end. With logprobs they have those of their tokens, as the model gave them, before
-        temperature and penalty. Errors as `generate`, those of settings and prompts at once."""
+        temperature and penalty. A decoder that is passed goes on from what its cache holds of a
+        prompt, and stays open. Errors as `generate`, those of settings and prompts at once."""
         limit, of_model = settings.max_gen_len, self.model.args.max_seq_len
         all_ids = encode(prompts, self.tokenizer, of_model)
         if limit > of_model:
@@ -178,10 +210,10 @@ class LLaMA:
             Continuation(self.tokenizer, ids, min(limit, of_model - len(ids)), settings.stop)
             for ids in all_ids
         ]
-        return self._steps(rows, settings, logprobs)
+        return self._steps(rows, settings, logprobs, decoder)
 
     def _steps(
-        self, rows: list[Continuation], settings: Settings, logprobs: bool
+        self, rows: list[Continuation], settings: Settings, logprobs: bool, decoder: Decoder | None
     ) -> Iterator[list[Continuation]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
         going = [(place, row) for place, row in enumerate(rows) if row.limit]
@@ -189,27 +221,26 @@ class LLaMA:
         for first in range(0, len(going), size):
             some = going[first : first + size]
             batch = [(row, uniform_numbers(seed, place, row.limit)) for place, row in some]
-            for _ in self._decode(batch, settings, logprobs):
+            for _ in self._decode(batch, settings, logprobs, decoder):
                 yield rows
         yield rows
 
     def _decode(
-        self, batch: list[tuple[Continuation, Tensor]], settings: Settings, logprobs: bool
+        self, batch: Batch, settings: Settings, logprobs: bool, kept: Decoder | None
     ) -> Iterator[None]:
         """Continues rows, each with its uniform numbers, until all have ended. Yields at each
-        step."""
+        step. A decoder that is kept may hold what a prompt begins with."""
         rows = [row for row, _ in batch]
         length = max(len(row.prompt_ids) + row.limit for row in rows)
-        decoder, pick = None, partial(next_token, settings=settings)
+        decoder = kept
         try:
             for row in rows:
                 row.begin()
-            with self._turn():
-                self.check_room(len(rows), length)
-                decoder = Decoder(self.model, self.engine, len(rows), length, pick, logprobs)
+            decoder = kept or self.decoder(len(rows), length, settings, logprobs)
             for slot, (row, uniform) in enumerate(batch):
                 with self._turn():
-                    decoder.prefill(slot, row.prompt_ids, uniform)
+                    start = decoder.cached(slot, row.prompt_ids) if kept else 0
+                    decoder.prefill(slot, row.prompt_ids, uniform, start)
             while any(row.finish_reason is None for row in rows):
                 with self._turn():
                     drawn = decoder.step()
@@ -222,8 +253,20 @@ class LLaMA:
         except torch.OutOfMemoryError:
             raise self._too_big(len(rows), length) from None
         finally:
-            if decoder is not None:
+            if decoder is not kept:
                 decoder.close()
+
+    def decoder(
+        self, slots: int, length: int, settings: Settings, logprobs: bool = False
+    ) -> Decoder:
+        """For so many sequences of at most `length` tokens; MemoryError unless they fit."""
+        pick = partial(next_token, settings=settings)
+        try:
+            with self._turn():
+                self.check_room(slots, length)
+                return Decoder(self.model, self.engine, slots, length, pick, logprobs)
+        except torch.OutOfMemoryError:
+            raise self._too_big(slots, length) from None
 
     def score(self, texts: list[str]) -> list[list[float]]:
         """The log-probability of each token of each text: one for each of
@@ -304,13 +347,6 @@ class LLaMA:
         )
 
 
-def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
-    with closing(steps):
-        for [row] in steps:
-            if piece := row.read():
-                yield piece
-
-
 def forget(error: BaseException | None, before: BaseException | None) -> None:
     """Clears the variables of the frames that an error came through: IPython keeps the last
     exception, and they would keep the weights or the KV cache in memory. What was already being
@@ -342,26 +378,6 @@ def model_folder(ckpt_dir: str | Path | None) -> Path:
             f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
         )
     return Path(os.path.expanduser(ckpt_dir))
-
-
-def encode(
-    texts: list[str], tokenizer: Tokenizer, max_seq_len: int, called: str = "prompt"
-) -> list[list[int]]:
-    """BOS and token ids of each text; ValueError if one is not text or is too long."""
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{called}s is {texts!r:.60}, expected a list of strings")
-    all_ids = []
-    for i, text in enumerate(texts, 1):
-        if re.search(r"[\ud800-\udfff]", text):
-            raise ValueError(f"{called} {i} holds half a character (a lone surrogate): fix it")
-        ids = tokenizer.encode(text, bos=True, eos=False)
-        if len(ids) > max_seq_len:
-            raise ValueError(
-                f"{called} {i} has {len(ids)} tokens, max_seq_len is {max_seq_len}: "
-                "shorten it or raise max_seq_len"
-            )
-        all_ids.append(ids)
-    return all_ids
 
 
 def uniform_numbers(seed: int, place: int, count: int) -> Tensor:

@@ -66,10 +66,10 @@ class KVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def slot(self, i: int) -> "KVCache":
-        """The cache of sequence i, a view of this one's memory."""
+    def slot(self, i: int, length: int) -> "KVCache":
+        """The cache of the first tokens of sequence i, a view of this one's memory."""
         view = copy.copy(self)
-        view.k, view.v = self.k[:, i : i + 1], self.v[:, i : i + 1]
+        view.k, view.v = self.k[:, i : i + 1, :length], self.v[:, i : i + 1, :length]
         return view
 
 

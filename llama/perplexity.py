@@ -11,7 +11,6 @@ whole windows. The log-probabilities in floating point wait in host memory: 2 Gi
 import gc
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.cli import read_text, run
+from llama.cli import read_text, run, say
 from llama.generation import LLaMA
 from llama.settings import check
 
@@ -139,9 +138,9 @@ def main(
     try:
         model = Path(ckpt_dir or "demo").resolve().name
         draw(path, f"{model}, int8 against {base}, on {Path(text).name}", base, found)
-        print(f"Each token's difference is drawn in {path}", file=sys.stderr)
+        say(f"Each token's difference is drawn in {path}")
     except ImportError:
-        print("No picture without matplotlib: pip install matplotlib", file=sys.stderr)
+        say("No picture without matplotlib: pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ needed.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from llama import checkpoint
-from llama.cli import run
+from llama.cli import run, say
 from llama.params import read_model
 
 
@@ -23,7 +22,7 @@ def main(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None):
     """
     folder, out = (Path(os.path.expanduser(path)) for path in (ckpt_dir, out_dir))
     checkpoint.save_int8(folder, *read_model(folder, tokenizer_path), out)
-    print(f"Wrote {out}", file=sys.stderr)
+    say(f"Wrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What do the tests share? The demo model, and small random checkpoints of any shape."""
 
 # ruff: noqa: E402
+import base64
 import io
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import byte_pairs
 import pytest
 import torch
 
@@ -81,6 +83,33 @@ def demo():
 @pytest.fixture(scope="session")
 def demo_float():
     return LLaMA.build(device="cpu", use_int8=False)
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+    """A tokenizer of Llama 3's kind, with fewer pairs."""
+    pytest.importorskip("tiktoken")
+    from llama import Tokenizer
+
+    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
+    path.write_bytes(byte_pairs.rank_file())
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def tiktoken_itself(llama3):
+    """With all special tokens, unlike ours."""
+    import tiktoken
+
+    lines = [line.split() for line in llama3.path.read_text().splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|{i}|>" for i in range(2, 6))]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+    names += [f"<|{i}|>" for i in range(10, 256)]
+    special = {name: len(ranks) + i for i, name in enumerate(names)}
+    return tiktoken.Encoding(
+        "test", pat_str=byte_pairs.PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def vocab_size() -> int:

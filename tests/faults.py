@@ -6,6 +6,7 @@ and answers with one: what came of it, the seconds it took, and the MiB that the
 peak. What crashes or hangs it ends it, and so is seen too.
 """
 
+import base64
 import faulthandler
 import hashlib
 import json
@@ -232,6 +233,7 @@ UNLIKE = rf"{SHARD} and params.json do not belong together"
 NOT_JSON = r"params.json is not a JSON object \(.*\): download it again"
 NOT_FINITE = "holds values that are not finite in fp16"
 KIND = "expected torch.float16 or torch.bfloat16 or torch.float32: pass Meta's original"
+BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))  # Llama 3's kind
 TOKENIZER = r"tokenizer.model \([\d,]+ bytes\) is not a sentencepiece model"
 CANARY = "/tmp/faults.canary"  # that nothing may make
 
@@ -474,7 +476,14 @@ SHARDS = {
         "tokenizer.model does not exist",
     ),
     "tokenizer a pipe": (pipe_for("tokenizer.model"), "tokenizer.model"),
-    "tokenizer of Llama 3": (put("tokenizer.model", b"IQ== 0\nIg== 1\n"), "is a tiktoken file"),
+    "tokenizer of Llama 3": (
+        put("tokenizer.model", BYTES),
+        r"the weights have \d+ tokens, the tokenizer 512",
+    ),
+    "tokenizer of Llama 3, cut": (
+        put("tokenizer.model", BYTES[:100]),
+        "tokenizer.model, line 14 is b'DQ== 1', expected another token",
+    ),
     "tokenizer broken within": (edit("tokenizer.model", cut_pieces), TOKENIZER),
     "tokenizer without its end": (cut("tokenizer.model", 0.5), "tokenizer"),
     "folder a file": (lambda f: f / "params.json", "params.json is a file: pass the model folder"),

@@ -30,7 +30,7 @@ def pieces(prompt, ids, stop=(), limit=10**6, every=1):
 def random_ids(generator, n):
     """Bytes that begin, continue and break characters, spaces, controls, and pieces of text."""
     some_bytes = [0x0A, 0x41, 0x80, 0x8A, 0x9F, 0xA6, 0xBD, 0xBF, 0xC3, 0xE0, 0xEF, 0xF0, 0xFF]
-    choices = [3 + byte for byte in some_bytes] + [0, 1, TOKENIZER._sp.piece_to_id("▁")]
+    choices = [3 + byte for byte in some_bytes] + [0, 1, TOKENIZER._kind._sp.piece_to_id("▁")]
     ids = [generator.choice(choices) for _ in range(n)]
     return [i if generator.random() < 0.6 else generator.randrange(259, 4096) for i in ids]
 
@@ -72,14 +72,14 @@ def test_broken_characters_are_not_held_for_ever():
 def test_stop_strings(stop, text, every):
     """Letter by letter, so that every border of tokens is one within the stop string."""
     said = "the old king's son said: ab"
-    ids = [TOKENIZER._sp.piece_to_id(letter.replace(" ", "▁")) for letter in said]
+    ids = [TOKENIZER._kind._sp.piece_to_id(letter.replace(" ", "▁")) for letter in said]
     read, row = pieces("A", ids, stop, every=every)
     assert "".join(read) == text
     assert row.finish_reason == ("stop" if text != said else "eos")
 
 
 def test_what_may_begin_a_stop_string_waits():
-    ids = [TOKENIZER._sp.piece_to_id(letter) for letter in "ababac"]
+    ids = [TOKENIZER._kind._sp.piece_to_id(letter) for letter in "ababac"]
     assert pieces("A", ids, ["abac"])[0] == ["ab"]
     assert pieces("A", ids, ["abab!"])[0] == ["ab", "abac"]
 

@@ -103,6 +103,8 @@ def test_json_has_what_was_generated(run, demo):
         (["--prompt=-", "--prompt_file=-"], "- is all of standard input, which can be read once"),
         (["--prompt=-", "--interactive"], "- is all of standard input"),
         (["--prompt=a", '--stop=["b", "c"'], "which is not a whole list"),
+        (["-c=/w/13B"], "unknown flag -c: did you mean --ckpt_dir?"),
+        (["--prompt=-", "--chat"], "- is all of standard input"),
         (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt per line"),
     ],
     ids=lambda value: str(value)[:60],

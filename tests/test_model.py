@@ -89,7 +89,7 @@ def test_own_positions_in_one_batch_equal_one_by_one():
     prompts = [TOKENS[:9], TOKENS[:3], TOKENS[:6]]
     cache = cache_of(model, 3)
     for row, prompt in enumerate(prompts):
-        model(torch.tensor([prompt]), 0, cache.slot(row))
+        model(torch.tensor([prompt]), 0, cache.slot(row, len(prompt)))
     together = model(torch.tensor([[40], [41], [42]]), torch.tensor([9, 3, 6]), cache)
     for row, prompt in enumerate(prompts):
         alone = model(torch.tensor([[*prompt, 40 + row]]), 0)
