@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -48,10 +47,7 @@ BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
 
 # The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
 # same in every shard. Embeddings are split along the model dimension up to Code Llama.
-JOIN_DIM = {
-    **dict.fromkeys(["wq", "wk", "wv", "w1", "w3", "output"], 0),
-    **dict.fromkeys(["wo", "w2", "tok_embeddings"], 1),
-}
+JOIN_DIM = dict(wq=0, wk=0, wv=0, wo=1, w1=0, w2=1, w3=0, output=0, tok_embeddings=1)
 
 
 @dataclass(frozen=True)
@@ -265,7 +261,8 @@ def stream(
     """Fills the model's tensors (see targets_in) in several threads, and yields each weight, in
     order, when it is in its place. ValueError if a value is not finite."""
     threads = min(torch.get_num_threads(), MOST_THREADS)
-    buffers, running = Buffers(), deque()
+    buffers = [Buffer(), Buffer(), Buffer(pinned=True), Buffer(pinned=True)]
+    running = deque()
     bar = tqdm(
         disable=sys.stderr is None,  # a service, or pythonw
         total=sum(weight.nbytes for weight in planned) / GIB,
@@ -284,38 +281,30 @@ def stream(
                     for job in jobs:
                         job.result()
                     if done.layer is not None:
-                        bar.set_postfix_str(
-                            f"layer {done.layer + 1}/{len(model.layers)}", refresh=False
-                        )
+                        place = f"layer {done.layer + 1}/{len(model.layers)}"
+                        bar.set_postfix_str(place, refresh=False)
                     bar.update(done.nbytes / GIB)
                     yield done
         finally:  # after an error nobody waits for the rest
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Buffers(threading.local):
-    """Each thread's own."""
-
-    def __init__(self):
-        self.read, self.joined = Buffer(), Buffer()
-        self.pinned = [Buffer(pinned=True), Buffer(pinned=True)]
-
-
-def fill(buffers: Buffers, name: str, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
+def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
     """Loads one block of a weight into its targets, as values or as codes and scales, by way of
     pinned memory on CUDA. ValueError if a value is not finite."""
+    to_read, to_join, *pinned = buffers
     here = [
-        pinned.view(target.shape, target.dtype) if target.is_cuda else target
-        for pinned, target in zip(buffers.pinned, targets)
+        buffer.view(target.shape, target.dtype) if target.is_cuda else target
+        for buffer, target in zip(pinned, targets)
     ]
     out, quantizes = here[0], len(targets) == 2
     if len(block) == 1 and block[0].dtype == out.dtype and block[0].contiguous:
         block[0].read_into(out)
     else:
-        values = buffers.joined.view(out.shape, torch.float32) if quantizes else out
+        values = to_join.view(out.shape, torch.float32) if quantizes else out
         for piece, part in zip(block, values.split([piece.shape[-1] for piece in block], -1)):
-            read = piece.read(buffers.read)
-            part.copy_(read.half() if quantizes and read.dtype != torch.half else read)
+            read = piece.read(to_read)
+            part.copy_(read.half() if quantizes else read)
     try:
         if quantizes:
             quantize(values, *here)

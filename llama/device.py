@@ -18,8 +18,7 @@ def use_cores(count: int) -> int:
 
 
 def pick_device(device: str | torch.device | None, use_int8: bool) -> torch.device:
-    """CUDA if there is any, unless told otherwise; ValueError or ImportError if it cannot be
-    used."""
+    """CUDA if there is any, unless told otherwise; ValueError or ImportError if it cannot work."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         target = torch.device(("cuda" if count else "cpu") if device is None else device)

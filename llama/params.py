@@ -71,11 +71,9 @@ def what_it_is(path: Path) -> str:
         return f"{path} does not exist: {instead}"
     entries = sorted(path.iterdir()) if path.is_dir() else [path]
     for entry in entries:
-        if entry.suffix in OTHER_FORMATS:
-            kind = OTHER_FORMATS[entry.suffix]
-            return (
-                f"{one_line(str(entry), 160)} is {kind}, not Meta's consolidated.*.pth: {instead}"
-            )
+        if kind := OTHER_FORMATS.get(entry.suffix):
+            file = one_line(str(entry), 160)
+            return f"{file} is {kind}, not Meta's consolidated.*.pth: {instead}"
     if not path.is_dir():
         return f"{path} is a file: {instead}"
     held = some_of([entry.name for entry in entries])

@@ -40,14 +40,17 @@ class Need:
 
 
 def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Need:
-    """For `batch` sequences of `length` tokens; the model may be on the meta device."""
+    """For `batch` sequences of `length` tokens; the model may be on the meta device. Work is what
+    the prefill of one such prompt takes at its peak, in int8 on CUDA, and a step of the batch."""
     args = model.args
-    cache = KVCache(args, batch, length, dtype, META)
     rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
+    cache = KVCache(args, batch, length, dtype, META)
+    prefill, decode = PrefillBuffers(args, length, META), DecodeBuffers(args, batch, META)
+    attention = prefill.qkv[:, : args.dim].nbytes
     return Need(
-        rotation + sum(map(pooled, weight_sizes(model, dtype))),
-        pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
-        work_bytes(args, batch, length),
+        weights=rotation + sum(map(pooled, weight_sizes(model, dtype))),
+        cache=pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
+        work=nbytes(prefill) + attention + nbytes(decode) + SAMPLING * batch * args.vocab_size,
     )
 
 
@@ -72,14 +75,6 @@ def weight_bytes(model: Transformer, dtype: torch.dtype) -> int:
 
 def cache_bytes(args: ModelArgs, batch: int, length: int, dtype: torch.dtype) -> int:
     return nbytes(KVCache(args, batch, length, dtype, META))
-
-
-def work_bytes(args: ModelArgs, batch: int, length: int) -> int:
-    """What is neither weights nor cache at the peak: the prefill of one prompt of `length` tokens
-    in int8 on CUDA, and the buffers with which `batch` rows decode."""
-    prefill, decode = PrefillBuffers(args, length, META), DecodeBuffers(args, batch, META)
-    attention = prefill.qkv[:, : args.dim].nbytes
-    return nbytes(prefill) + attention + nbytes(decode) + SAMPLING * batch * args.vocab_size
 
 
 def nbytes(buffers) -> int:

@@ -10,6 +10,7 @@ import ctypes
 import io
 import math
 import pickletools
+import threading
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -33,10 +34,11 @@ LARGEST_SPAN = 4  # values from a tensor's first to its last for each of its own
 OTHER = "it holds more than a flat dict of tensors"
 
 
-class Buffer:
-    """Memory that one thread uses again for block after block. In fresh memory, which the kernel
-    gives page by page, quantizing took twice as long; views are kept since a call of torch
-    costs 33 us, waiting for the GIL, when threads compete (16 cores, H200 machine, 2026-11-23)."""
+class Buffer(threading.local):
+    """Memory that a thread uses again for block after block, each thread its own. In fresh memory,
+    which the kernel gives page by page, quantizing took twice as long; views are kept since a call
+    of torch costs 33 us, waiting for the GIL, when threads compete (16 cores, H200 machine,
+    2026-11-23)."""
 
     def __init__(self, pinned: bool = False):
         self.pinned = pinned
@@ -48,9 +50,7 @@ class Buffer:
         if (shape, dtype) not in self.views:
             nbytes = math.prod(shape) * dtype.itemsize
             if self.memory.nbytes < nbytes:
-                self.memory = torch.empty(
-                    nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned
-                )
+                self.memory = self.memory.new_empty(nbytes, pin_memory=self.pinned)
                 self.views = {}
             self.views[shape, dtype] = self.memory[:nbytes].view(dtype).view(shape)
         return self.views[shape, dtype]
@@ -99,15 +99,12 @@ class Piece:
     def read_into(self, out: Tensor) -> None:
         """Fills out, contiguous, with the file's bytes from the piece's first value on. It reads
         rather than maps the file: where a disk fails, touching a mapping would kill the process."""
-        rest = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+        memory = (ctypes.c_char * out.nbytes).from_address(out.data_ptr())
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(self.path, "rb") as file:
                 file.seek(self.offset)
-                while rest:
-                    count = file.readinto(rest)
-                    if not count:
-                        raise OSError("it ends too early, and was longer before")
-                    rest = rest[count:]
+                if file.readinto(memory) < out.nbytes:
+                    raise OSError("it ends too early, and was longer before")
         except OSError as error:
             raise OSError(
                 f"{self.path} could not be read ({error.strerror or error}): look after its disk, "
@@ -161,7 +158,7 @@ def records_of(file: io.BufferedReader) -> dict[str, tuple[int, zipfile.ZipInfo]
     """Where the bytes of a zip file's records begin, by their names without folder and in lower
     case, as torch looks for them. ValueError unless they are as torch.save writes them, one behind
     the other from the file's start: a place that is wrong would be other weights."""
-    folders, records = set(), {}
+    records = {}
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         ends = [entry.header_offset for entry in entries[1:]] + [archive.start_dir]
@@ -174,9 +171,8 @@ def records_of(file: io.BufferedReader) -> dict[str, tuple[int, zipfile.ZipInfo]
             stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == size
             if not stored or end - offset - size not in gaps:
                 raise ValueError(f"its record {entry.orig_filename} is not as torch.save writes it")
-            folder, _, name = entry.orig_filename.partition("/")
-            folders.add(folder)
-            records[name.lower()] = offset, entry
+            records[entry.orig_filename.partition("/")[2].lower()] = offset, entry
+    folders = {entry.orig_filename.partition("/")[0] for entry in entries}
     if len(folders) != 1 or len(records) < len(entries) or entries[0].header_offset:
         raise ValueError("its records are not one folder of files of different names")
     return records
