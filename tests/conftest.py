@@ -3,7 +3,9 @@
 # ruff: noqa: E402
 import io
 import os
+import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,19 @@ from checkpoints import random_weights, tiny_params, write_checkpoint
 
 from llama import LLaMA, cli
 
-DEMO = Path(__file__).parents[1] / "llama" / "demo"
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "llama" / "demo"
+
+
+def python(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    """A process of its own, as users have it: stdout and stderr apart, no GPU."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -44,15 +58,22 @@ def make_folder(tmp_path):
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of what
-    `cli.run` makes of a command in this process."""
+    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of a command in
+    this process: a function that `cli.run` is given, a script, or a module by its name."""
 
     def call(command, *arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         status = 0
         try:
-            cli.run(command)
+            if isinstance(command, Path):
+                runpy.run_path(str(command), run_name="__main__")
+            elif isinstance(command, str):
+                name = f"{command}.__main__" if command == "llama" else command
+                monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns
+                runpy.run_module(command, run_name="__main__", alter_sys=True)
+            else:
+                cli.run(command)
         except SystemExit as exit:
             status = exit.code
         return status, *capsys.readouterr()

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 OURS = {"ValueError", "FileNotFoundError", "OSError", "MemoryError"}
 QUICK = {  # what users meet: tried in this process too, each time the tests run
     "shards": """folder above, folder absent, safetensors, GGUF, params a web page, params absent,
-        dim text, dim absent, heads of keys 3 of 4, layers of terabytes, vocabulary another,
-        shard empty, shard a web page, shard a git-lfs pointer, shard a folder, shard cut to 0.5,
-        shard by another name, shard less, shard first gone, shards all gone, one layer less,
+        dim is '64', dim absent, heads of keys 3 of 4, n_layers is 1000000000000, one layer less,
+        vocabulary another, shard empty, shard a web page, shard a git-lfs pointer, shard a folder,
+        shard cut to 0.5, shard by another name, shard less, shard first gone, shards all gone,
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
         tokenizer absent, embeddings of another tokenizer""",
     "int8": """format 2, last file gone, a file between gone, a file twice, layout by columns,
@@ -37,13 +37,8 @@ class Trial:
 
     def __init__(self):
         command = [sys.executable, str(ROOT / "tests" / "faults.py")]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, text=True, **pipes)
 
     def __call__(self, folder, use_int8=True):
         self.process.stdin.write(json.dumps([str(folder), use_int8]) + "\n")
@@ -65,15 +60,19 @@ def trial():
     one.end()
 
 
+def write_good(parent, n_shards=2, **sizes):
+    """The folders "shards" and "int8", of one model."""
+    params = tiny_params(**sizes)
+    weights = random_weights(params, vocab_size=vocab_size())
+    shards = write_checkpoint(parent / "shards", params, weights, n_shards)
+    shutil.copy(DEMO / "tokenizer.model", shards)
+    quantize.main(str(shards), str(parent / "int8"))
+    return parent
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The folders "shards" and "int8", of one model."""
-    params = tiny_params()
-    weights = random_weights(params, vocab_size=vocab_size())
-    shards = write_checkpoint(tmp_path_factory.mktemp("good") / "shards", params, weights, 2)
-    shutil.copy(DEMO / "tokenizer.model", shards)
-    quantize.main(str(shards), str(shards.with_name("int8")))
-    return shards.parent
+    return write_good(tmp_path_factory.mktemp("good"))
 
 
 def spoilt(good, folder, form, name):

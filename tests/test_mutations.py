@@ -11,36 +11,22 @@ import zipfile
 import faults
 import pytest
 import torch
-from checkpoints import random_weights, tiny_params, write_checkpoint
-from conftest import DEMO, vocab_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_faults import OURS, Trial
+from test_faults import OURS, Trial, write_good
 
-from llama import quantize
 from llama.shards import open_shard
 
 pytestmark = pytest.mark.slow
 
-
 EXAMPLES = 120  # of each file
-FILES = {
-    "params.json": "half",
-    "tokenizer.model": "half",
-    "consolidated.00.pth": "half",
-    "consolidated.01.pth": "int8",
-}
+FILES = dict.fromkeys(["params.json", "tokenizer.model", "consolidated.00.pth"], "shards")
+FILES["consolidated.01.pth"] = "int8"
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The folders "half" of one shard, and "int8"."""
-    params = tiny_params(n_layers=1)
-    weights = random_weights(params, vocab_size=vocab_size())
-    half = write_checkpoint(tmp_path_factory.mktemp("good") / "half", params, weights, 1)
-    shutil.copy(DEMO / "tokenizer.model", half)
-    quantize.main(str(half), str(half.with_name("int8")))
-    return half.parent
+    return write_good(tmp_path_factory.mktemp("good"), 1, n_layers=1)
 
 
 def placed(path):
