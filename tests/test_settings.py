@@ -67,7 +67,10 @@ def test_ends_of_a_range(name, value, demo):
 
 @pytest.mark.parametrize("name, value", list(beyond()), ids=str)
 def test_beyond_a_range(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is .*, expected a") as caught:
+    number = "a whole number" if name in WHOLE | LIMITS.keys() else "a number"
+    low, high = (RANGES | LIMITS)[name]
+    message = rf"^{name} is .*, expected {number}, from {low} to {re.escape(str(high))}$"
+    with pytest.raises(ValueError, match=message) as caught:
         if name in LIMITS:
             LLaMA.build(device="cpu", **{name: value})
         else:
@@ -98,6 +101,7 @@ PROMPTS = {
     "ends in half a word": "Once upon a ti",
     "ends in a space": "Once upon a ",
     "a long word": "a" * 300,
+    "spaces within": "  Two  spaces \n\n\ttab \N{FOX FACE} ",
 }
 
 
@@ -189,13 +193,11 @@ def test_results_do_not_depend_on_what_a_program_has_set(surroundings, demo, dem
     expected = results()
     with surroundings():
         assert results() == expected
+        llm = LLaMA.build(device="cpu")
         quantize.main(str(generation.DEMO), str(tmp_path / "int8"))
-    saved = torch.load(tmp_path / "int8" / "consolidated.01.pth")
-    kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in saved.items()}
-    assert (kinds["SCB"], saved["layers.0.attention.wq.weight"].dtype) == (
-        torch.float32,
-        torch.int8,
-    )
+    assert llm.generate(["The king"], **settings) == expected[0][0]
+    saved, wq = torch.load(tmp_path / "int8" / "consolidated.01.pth"), "layers.0.attention.wq"
+    assert saved[f"{wq}.SCB"].dtype == torch.float32 and saved[f"{wq}.weight"].dtype == torch.int8
 
 
 @contextlib.contextmanager
@@ -208,8 +210,9 @@ def default_dtype(dtype):
 
 def test_numbers_of_numpy_are_numbers(demo):
     expected = demo.generate(["The king " * 60], 50, seed=3, temperature=0.5)
-    settings = {"max_gen_len": np.uint8(50), "seed": np.int64(3), "temperature": Fraction(1, 2)}
-    assert demo.generate(["The king " * 60], **settings) == expected
+    settings = {"max_gen_len": np.uint8(50), "seed": np.int64(3)}
+    for half in (Fraction(1, 2), np.float64(0.5)):
+        assert demo.generate(["The king " * 60], temperature=half, **settings) == expected
     llm = LLaMA.build(device="cpu", max_seq_len=np.int16(300), max_batch_size=np.uint8(4))
     assert llm.model.args.max_seq_len == 300 and llm.generate(["A"] * 3, 5)
 
