@@ -24,13 +24,13 @@ DEMO = ROOT / "llama" / "demo"
 
 
 def python(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
-    """A process of its own, as users have it: stdout and stderr apart, no GPU."""
+    """What comes of a Python of its own, as users have it: stdout and stderr apart."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
 
 

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "example.py"
 
 def test_demo_prints_the_readmes_story_on_stdout_and_progress_on_stderr(tmp_path):
     story = re.search(r"`(Once upon .*) \.\.\.`", (ROOT / "README.md").read_text())[1]
-    done = python(SCRIPT, "--max_gen_len=40", "--seed=1", cwd=tmp_path)
+    done = python(SCRIPT, "--device=cpu", "--max_gen_len=40", "--seed=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(story)
     assert "Loaded demo in" in done.stderr and "Loaded" not in done.stdout

@@ -13,11 +13,10 @@ from pathlib import Path
 import faults
 import pytest
 from checkpoints import random_weights, tiny_params, write_checkpoint
-from conftest import DEMO, vocab_size
+from conftest import DEMO, ROOT, python, vocab_size
 
 from llama import LLaMA, quantize
 
-ROOT = Path(__file__).parents[1]
 OURS = {"ValueError", "FileNotFoundError", "OSError", "MemoryError"}
 QUICK = {  # what users meet: tried in this process too, each time the tests run
     "shards": """folder above, folder absent, safetensors, GGUF, params a web page, params absent,
@@ -119,8 +118,7 @@ def test_fault(form, name, good, trial, tmp_path):
 )
 def test_fault_on_the_command_line(form, name, good, tmp_path):
     folder, message = spoilt(good, tmp_path / "tiny", form, name)
-    command = [sys.executable, "-m", "llama", f"--ckpt_dir={folder}", "--prompt=a", "--device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = python("-m", "llama", f"--ckpt_dir={folder}", "--prompt=a", "--device=cpu")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     *_, said = done.stderr.splitlines()

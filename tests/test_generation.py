@@ -146,10 +146,11 @@ def test_logprobs_are_those_of_one_prefill(demo_float):
 
 def test_max_seq_len_ends_a_row_while_its_neighbour_goes_on(make_folder):
     llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu", use_int8=False)
-    rows = check_logprobs(llm, ["The king and his queen", "A"], Settings(16, seed=1))
-    assert len(rows[0].ids) < len(rows[1].ids)
-    assert [len(row.prompt_ids) + len(row.ids) for row in rows] == [16, 16]
-    assert [row.finish_reason for row in rows] == ["length", "length"]
+    prompts = ["a" + " a" * 13, "The king and his queen", "A"]  # the first has room for one token
+    rows = check_logprobs(llm, prompts, Settings(16, seed=1))
+    assert 1 == len(rows[0].ids) < len(rows[1].ids) < len(rows[2].ids)
+    assert [len(row.prompt_ids) + len(row.ids) for row in rows] == [16] * 3
+    assert [row.finish_reason for row in rows] == ["length"] * 3
 
 
 def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatch):

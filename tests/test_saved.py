@@ -12,12 +12,10 @@ import warnings
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT, python
 from test_checkpoint import logits
 
 from llama import LLaMA, checkpoint, quantize
-
-COMMAND = [sys.executable, "-m", "llama.quantize", "--ckpt_dir"]
 
 
 def save(folder, **options):
@@ -100,10 +98,8 @@ def test_disk_full(make_folder):
     folder, _, _ = make_folder()
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))\n"
     code += "from llama.cli import run; from llama.quantize import main; run(main)"
-    command = [sys.executable, "-c", code, f"--ckpt_dir={folder}", f"--out_dir={folder}_int8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=DEMO.parents[1])
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    done = python("-c", code, f"--ckpt_dir={folder}", f"--out_dir={folder}_int8")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     error = done.stderr.splitlines()[-1]
     assert error.startswith(f"error: {unfinished(folder)}/consolidated.0"), error
     assert "could not be written" in error and "File too large" in error
@@ -130,7 +126,7 @@ def test_a_killed_process_leaves_no_model(make_folder):
     code += "def slow(*a): write(*a); time.sleep(60)\n"
     code += "checkpoint.write = slow\nquantize.main(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(folder), f"{folder}_int8"]
-    process = subprocess.Popen(command, cwd=DEMO.parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     first = unfinished(folder) / "consolidated.00.pth"
     while not first.exists():
         assert process.poll() is None
