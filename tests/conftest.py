@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, torch sees none"))
 
 
+def write_folder(folder, params, n_shards, **options):
+    """folder, params and the random weights that it now holds, beside the demo's tokenizer."""
+    weights = random_weights(params, vocab_size=vocab_size(), **options)
+    write_checkpoint(folder, params, weights, n_shards)
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    return folder, params, weights
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """make_folder(n_shards, dtype, outliers, **params) -> (folder, params, weights): a model folder
@@ -48,10 +56,7 @@ def make_folder(tmp_path):
 
     def make(n_shards=1, dtype=torch.float16, outliers=(), name="tiny", **overrides):
         params = tiny_params(**overrides)
-        weights = random_weights(params, dtype=dtype, outliers=outliers, vocab_size=vocab_size())
-        folder = write_checkpoint(tmp_path / name, params, weights, n_shards)
-        shutil.copy(DEMO / "tokenizer.model", folder)
-        return folder, params, weights
+        return write_folder(tmp_path / name, params, n_shards, dtype=dtype, outliers=outliers)
 
     return make
 
@@ -86,9 +91,7 @@ def large_folder(tmp_path_factory):
     """0.9 GB in fp32, where the float16 of one matrix or of one shard would show."""
     folder = tmp_path_factory.mktemp("large") / "large"
     params = tiny_params(dim=2048, n_heads=16, n_layers=4, multiple_of=256)
-    weights = random_weights(params, dtype=torch.float32, vocab_size=vocab_size())
-    write_checkpoint(folder, params, weights, 2)
-    shutil.copy(DEMO / "tokenizer.model", folder)
+    write_folder(folder, params, 2, dtype=torch.float32)
     yield folder
     shutil.rmtree(folder)
 

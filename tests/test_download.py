@@ -67,7 +67,7 @@ class Site(ThreadingHTTPServer):
         self.hold = {}  # path -> bytes after which the server waits for `release`, once
         self.release = threading.Event()
         self.answers = {}  # path -> (status, body) instead of the file
-        self.busy = set()  # paths that get a 503, once
+        self.busy = {}  # the same, once
         self.moved = None  # where all paths are now
         self.pause = 0  # seconds after each 4 KiB
         self.query = QUERY
@@ -91,11 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(302, b"", {"Location": site.moved.replace("*", path, 1)})
         asked = self.headers["Range"]
         site.log.append((path, asked))
-        if path in site.answers:
-            return self.reply(*site.answers[path])
-        if path in site.busy:
-            site.busy.remove(path)
-            return self.reply(503, b"later")
+        if answer := site.busy.pop(path, None) or site.answers.get(path):
+            return self.reply(*answer)
         body, start = site.files[path], 0
         if asked and site.ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
@@ -283,7 +280,7 @@ def test_a_cut_connection_is_resumed_in_the_same_run(site, shell):
 def test_a_busy_server_is_asked_again(site, one_shell):
     if one_shell.tool == "wget":
         pytest.skip("a quiet wget does not tell 503 from 403")
-    site.busy.add(SHARD)
+    site.busy[SHARD] = (503, b"later")
     assert "HTTP 503" in one_shell.brings()
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import faults
 import pytest
-from checkpoints import random_weights, tiny_params, write_checkpoint
-from conftest import DEMO, ROOT, python, vocab_size
+from checkpoints import tiny_params
+from conftest import ROOT, python, write_folder
 
 from llama import LLaMA, quantize
 
@@ -61,11 +61,8 @@ def trial():
 
 def write_good(parent, n_shards=2, **sizes):
     """The folders "shards" and "int8", of one model."""
-    params = tiny_params(**sizes)
-    weights = random_weights(params, vocab_size=vocab_size())
-    shards = write_checkpoint(parent / "shards", params, weights, n_shards)
-    shutil.copy(DEMO / "tokenizer.model", shards)
-    quantize.main(str(shards), str(parent / "int8"))
+    write_folder(parent / "shards", tiny_params(**sizes), n_shards)
+    quantize.main(str(parent / "shards"), str(parent / "int8"))
     return parent
 
 

@@ -134,6 +134,11 @@ def test_split(B, D, norm):
     assert (off <= scales * few_rows.DIGITS / 64_000).all()
 
 
+def rotation_of(T, K):
+    angles = torch.outer(torch.arange(T), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
 def check_attend(positions, S, H, Hkv, K):
     B = len(positions)
     qkv = random(B, (H + 2 * Hkv) * K)
@@ -142,8 +147,7 @@ def check_attend(positions, S, H, Hkv, K):
         for cache in caches:
             cache[b, position:] = torch.nan
     twins = [cache.clone() for cache in caches]
-    angles = torch.outer(torch.arange(S), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
-    rotation = torch.stack([angles.cos(), angles.sin()], -1)
+    rotation = rotation_of(S, K)
     positions = torch.tensor(positions, device=DEVICE)
     splits = attend_buffers(B, H, K, qkv.device)
     ours, theirs = (poisoned(B, H * K, dtype=torch.float16) for _ in range(2))
@@ -248,17 +252,21 @@ def test_llm_int8_twins_can_differ():
     assert ((ours - theirs).abs() > bound)[4].any()
 
 
+def product(x, CB, SCB):
+    out = torch.zeros(len(x), len(CB), device=DEVICE)
+    codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(*x.shape, x.device))
+    llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
+    return out
+
+
 def test_tokens_do_not_depend_on_later_ones():
     """A later outlier lengthens the list, which changes the order of float32 sums alone; kept
     apart in all rows, its column would lose its rounding error of 1 / 254 of the row's scale."""
-    (x, _), (CB, SCB) = rows(9, 300, "nothing", 4), matrix(300, 90)
+    (x, _), weights = rows(9, 300, "nothing", 4), matrix(300, 90)
     results = []
     for value in (1, 1000):
         x[-1, 5] = value
-        out = torch.zeros(9, 90, device=DEVICE)
-        codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
-        llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
-        results.append(out)
+        results.append(product(x, *weights))
     assert torch.allclose(results[0][:-1], results[1][:-1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(results[0][-1], results[1][-1], rtol=1e-1)
 
@@ -267,10 +275,7 @@ def test_tokens_do_not_depend_on_later_ones():
 def test_what_is_not_finite_stays_so_in_its_row(value):
     (x, _), (CB, SCB) = rows(9, 300, "nothing", 4), matrix(300, 90)
     x[3, 7] = value
-    out = torch.zeros(9, 90, device=DEVICE)
-    codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
-    llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
-    finite = out.isfinite()
+    finite = product(x, CB, SCB).isfinite()
     assert not finite[3, SCB > 0].any() and finite[:3].all() and finite[4:].all()
 
 
@@ -305,8 +310,7 @@ def test_rotate(T, H, Hkv, K):
     qkv = random(T, (H + 2 * Hkv) * K, dtype=torch.float16)
     caches = [poisoned(T + 3, Hkv, K, dtype=torch.float16) for _ in range(2)]
     twins, twin_qkv = [cache.clone() for cache in caches], qkv.clone()
-    angles = torch.outer(torch.arange(T + 9), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
-    rotation = torch.stack([angles.cos(), angles.sin()], -1)
+    rotation = rotation_of(T + 9, K)
     rotary.rotate(qkv, *caches, rotation)
     rotary.rotate_torch(twin_qkv, *twins, rotation)
     for ours, theirs in zip((qkv, *caches), (twin_qkv, *twins)):
