@@ -17,10 +17,11 @@ if not torch.cuda.is_available():  # triton reads it when it is imported, as bit
 
 from checkpoints import random_weights, tiny_params, write_checkpoint
 
-from llama import LLaMA, cli
+from llama import LLaMA, Tokenizer, cli
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "llama" / "demo"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def python(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
@@ -96,6 +97,14 @@ def large_folder(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The demo model in int8 on the CPU."""
@@ -108,6 +117,4 @@ def demo_float():
 
 
 def vocab_size() -> int:
-    from llama import Tokenizer
-
     return Tokenizer(DEMO / "tokenizer.model").n_words

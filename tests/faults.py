@@ -118,12 +118,7 @@ def header(content):
     return content.rindex(b"PK\3\4", 0, content.index(b"/data/0"))
 
 
-def rewrite(
-    change=lambda name, content: content,
-    compression=zipfile.ZIP_STORED,
-    more=(),
-    names=lambda name: name,
-):
+def rewrite(change=lambda name, old: old, compression=zipfile.ZIP_STORED, more=(), names=str):
     """Writes a shard's zip again with records as change(name, content) gives them, and more."""
 
     def spoil(folder):
@@ -195,11 +190,6 @@ def directory_of_gigabytes(folder):
     sparse(SHARD, 2**32)(folder)
     with (folder / SHARD).open("ab") as file:
         file.write(b"PK\5\6" + bytes(8) + (2**31).to_bytes(4, "little") + bytes(6))
-
-
-def cut_pieces(content):
-    """A tokenizer.model of some hundred pieces more than it has bytes for."""
-    return content[: len(content) // 2] + b"\n" + b"\xff" * 9 + b"\1"
 
 
 PAGE = "<!DOCTYPE html><html><body>403 Forbidden</body></html>"
@@ -423,7 +413,9 @@ SHARDS = {
     r"tokenizer.model \([\d,]+ bytes\) is not a sentencepiece model": {
         "tokenizer a web page": put("tokenizer.model", PAGE),
         "tokenizer a git-lfs pointer": put("tokenizer.model", POINTER),
-        "tokenizer broken within": edit("tokenizer.model", cut_pieces),
+        "tokenizer that ends within a piece": edit(
+            "tokenizer.model", lambda c: c[: len(c) // 2] + b"\n" + b"\xff" * 9 + b"\1"
+        ),
     },
     "tokenizer.model": {
         "tokenizer of a gigabyte": sparse("tokenizer.model", 2**32),
@@ -451,7 +443,6 @@ for key, numbers in OUT_OF_RANGE.items():
         SHARDS[message] = {name: params(**{key: number})}
 INT8 = {
     "params.json is of int8 format 2, this program reads 1": {"format 2": params(int8_format=2)},
-    "params.json is of int8 format '1', this program": {"format text": params(int8_format="1")},
     "the int8 files and params.json .* missing norm.weight, output": {
         "last file gone": removed("consolidated.03.pth")
     },

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from conftest import DEVICES
 
 from llama import LLaMA, Settings, decode, generation
 from llama.decode import Decoder
@@ -58,17 +59,7 @@ def test_no_seed_is_random(demo):
 
 
 @torch.inference_mode()
-def test_decode_agrees_with_one_prefill_of_its_result(demo_float):
-    """Greedy tokens are the most likely ones when the whole text is scored at once."""
-    model, [ids] = demo_float.model, encoded(demo_float, PROMPTS[0])
-    decoder = decoder_of(demo_float, [ids], 80, [])
-    new_ids = [decoder.step()[0][0] for _ in range(80)]
-    logits = model.output(model.features(torch.tensor([ids + new_ids])))[0]
-    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new_ids
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
     """Its tokens are those it has alone, the others' what they would have been."""
     llm = LLaMA.build(device=device, use_int8=device == "cuda")
@@ -229,16 +220,14 @@ def test_stop_strings_end_a_row_and_the_call_when_all_have(demo, script):
 
 
 def test_a_row_stops_at_eos_and_the_call_when_all_have(demo, script):
-    scripts = script("was red.", "and his queen lived long ago.")
+    scripts = script("was \N{FOX FACE}日本.", "and his queen lived long ago, they say.")
     results = demo.generate(["The fox", "The king"], 100, temperature=0)
-    assert results == ["The fox was red.", "The king and his queen lived long ago."]
+    assert results == [
+        "The fox was \N{FOX FACE}日本.",
+        "The king and his queen lived long ago, they say.",
+    ]
     # A prefill for each prompt, then one step for each token up to the longer row's end.
-    assert demo.model.output.calls == 2 + len(scripts[1]) - 1
-
-
-def test_bytes_of_one_character_become_that_character(demo, script):
-    script("\N{FOX FACE}日本")
-    assert demo.generate(["A"], 50, temperature=0) == ["A \N{FOX FACE}日本"]
+    assert demo.model.output.calls == 2 + max(map(len, scripts)) - 1
 
 
 def test_prompt_as_long_as_max_seq_len_gets_no_continuation(make_folder):
@@ -255,18 +244,6 @@ def test_cache_takes_what_this_call_needs(demo, monkeypatch):
     monkeypatch.setattr(decode, "KVCache", lambda *a: made.append(a) or cache(*a))
     demo.generate(PROMPTS[:2], max_gen_len=5)
     assert made[0][1:3] == (2, max(map(len, encoded(demo, *PROMPTS[:2]))) + 5)
-
-
-def test_a_list_of_any_length_goes_in_groups(make_folder):
-    """A seed's draws belong to a place in the list, whatever the groups are."""
-    folder, prompts = make_folder()[0], ["The king", "A fox", "One day", "A", "The king"]
-    texts = [
-        LLaMA.build(folder, max_batch_size=size, device="cpu", use_int8=False).generate(
-            prompts, 12, seed=5
-        )
-        for size in (1, 2, 32)
-    ]
-    assert texts[0] == texts[1] == texts[2] and texts[0][0] != texts[0][4]
 
 
 def test_a_very_long_wish_takes_no_more_than_there_is_room_for(make_folder):

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import DEVICES
 from test_checkpoint import logits
 
 from llama import LLaMA, checkpoint, shards
@@ -18,7 +19,7 @@ def count_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(params=DEVICES)
 def fails(make_folder, monkeypatch, request):
     """fails(kind, message, happen): a load during which happen(folder) is called fails so."""
 

@@ -13,6 +13,7 @@ import time
 import pytest
 import soak
 import torch
+from conftest import DEVICES
 
 from llama import LLaMA, generation
 from llama.device import use_cores
@@ -67,7 +68,7 @@ print("usable")
 """
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_ctrl_c_at_50_moments_leaves_a_model_usable(make_folder, device):
     """Real signals to a real process; the memory of the call is free though the error is kept. On
     CUDA they come while a graph is captured, too."""
@@ -129,9 +130,6 @@ def test_a_gpu_that_is_full_names_the_flags_and_a_smaller_call_works(monkeypatch
         assert llm.generate(PROMPTS[:1], 8, seed=1) == expected
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -229,16 +227,7 @@ def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
     assert len(set(order)) == 3 and changes > 3  # 46 to 71 were seen, of 92
 
 
-@pytest.fixture
-def three_threads():
-    """Of torch, in this thread and in those that begin later."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_loading_in_two_threads_changes_no_ones_thread_count(three_threads):
+def test_loading_in_two_threads_changes_no_ones_thread_count(set_threads):
     """Nor that of a thread that begins meanwhile, of one that begins later, or the callers'."""
     counts, loaded = set(), threading.Event()
 
@@ -246,6 +235,7 @@ def test_loading_in_two_threads_changes_no_ones_thread_count(three_threads):
         while not loaded.is_set():
             in_threads(lambda _: counts.add(torch.get_num_threads()), 1)
 
+    set_threads(3)
     looking = threading.Thread(target=look_again_and_again)
     looking.start()
     try:
@@ -257,6 +247,7 @@ def test_loading_in_two_threads_changes_no_ones_thread_count(three_threads):
     assert counts == {3}
 
 
-def test_a_loaders_thread_works_on_one_core(three_threads):
+def test_a_loaders_thread_works_on_one_core(set_threads):
+    set_threads(3)
     assert in_threads(lambda _: use_cores(1) and torch.get_num_threads(), 2) == [1, 1]
     assert torch.get_num_threads() == 3

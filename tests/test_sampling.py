@@ -66,7 +66,7 @@ def test_min_p_is_of_the_probabilities_after_temperature():
 
 def test_temperature_0_and_nearly_0_are_greedy():
     logits = torch.tensor([[1.0, 5.0, 2.0], [300.0, -400.0, 299.0]])
-    for temperature in (0, 1e-30):
+    for temperature in (0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-20):  # float32 takes some for 0
         settings = Settings(temperature=temperature, top_p=0.9)
         assert sample(logits, torch.tensor([0.999, 0.5]), settings).tolist() == [1, 0]
 
