@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import faults
@@ -31,32 +32,26 @@ QUICK = {  # what users meet: tried in this process too, each time the tests run
 QUICK = [(form, name) for form in QUICK for name in re.split(r",\s+", QUICK[form])]
 
 
-class Trial:
-    """A process that loads folders, with a limit on its memory; see faults.py."""
+@contextmanager
+def trials():
+    """Gives load(folder, use_int8) in a process with a limit on its memory; see faults.py."""
+    command = [sys.executable, str(ROOT / "tests" / "faults.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
 
-    def __init__(self):
-        command = [sys.executable, str(ROOT / "tests" / "faults.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        def load(folder, use_int8=True):
+            process.stdin.write(json.dumps([str(folder), use_int8]) + "\n")
+            line = process.stdout.readline()
+            assert line, f"the process ended with status {process.wait()}"
+            return json.loads(line)
 
-    def __call__(self, folder, use_int8=True):
-        self.process.stdin.write(json.dumps([str(folder), use_int8]) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the process ended with status {self.process.wait()}"
-        return json.loads(line)
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        yield load
 
 
 @pytest.fixture(scope="module")
 def trial():
-    one = Trial()
-    yield one
-    one.end()
+    with trials() as load:
+        yield load
 
 
 def write_good(parent, n_shards=2, **sizes):

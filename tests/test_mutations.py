@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_faults import OURS, Trial, write_good
+from test_faults import OURS, trials, write_good
 
 from llama.shards import open_shard
 
@@ -81,7 +81,6 @@ def test_random_changes(file, good, tmp_path):
     folder, use_int8 = shutil.copytree(good / form, tmp_path / form), form == "int8"
     content = (folder / file).read_bytes()
     places = {path.name: placed(path) for path in folder.glob("*.pth")}
-    trial = Trial()
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
     @given(st.lists(changes(content, stretches(folder / file)), min_size=1, max_size=3))
@@ -90,7 +89,7 @@ def test_random_changes(file, good, tmp_path):
         for change in some:
             spoilt = changed(spoilt, change)
         (folder / file).write_bytes(spoilt)
-        found = trial(folder, use_int8)
+        found = load(folder, use_int8)
         assert found["seconds"] < faults.SECONDS and found["MiB"] < faults.MIB
         if found["kind"] is not None:
             assert found["kind"] in OURS and found["message"].isprintable(), found
@@ -101,7 +100,5 @@ def test_random_changes(file, good, tmp_path):
         assert all(x.isfinite().all() for x in expected.values())
         assert found["digest"] == faults.digest(expected)
 
-    try:
+    with trials() as load:
         check()
-    finally:
-        trial.end()
