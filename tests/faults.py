@@ -27,6 +27,7 @@ SECONDS, MIB = 5, 1024
 # The second of two shards, and of the int8 folder's four files that of layer 0.
 SHARD = "consolidated.01.pth"
 WQ, W2 = "layers.0.attention.wq", "layers.0.feed_forward.w2"
+EMBEDDINGS, NORM = "tok_embeddings.weight", "norm.weight"
 
 
 def instead(file, make):
@@ -229,13 +230,9 @@ SHARDS = {
     },
     "params.json lacks dim": {"keys of escape codes": params(**{"\x1b[2J\n": 1}, dim=...)},
     "params.json lacks dim: download it again": {"dim absent": params(dim=...)},
-    r"but params.json asks for \(4096, 131072\) from 2 shards together": {
-        "dim the largest": params(dim=2**17)
-    },
+    r"asks for \(4096, 131072\) from 2 shards together": {"dim the largest": params(dim=2**17)},
     "expected heads of one even width": {"dim odd": params(dim=66, n_heads=22)},
-    r"asks for \(17024, 64\) from 2 shards": {
-        "feed forward of terabytes": params(ffn_dim_multiplier=100)
-    },
+    r"asks for \(17024, 64\) from 2 shards": {"wide feed forward": params(ffn_dim_multiplier=100)},
     "belong together: missing layers.2.* and 8979 more": {"1,000 layers": params(n_layers=1000)},
     "missing nothing, left over layers.1.": {"one layer less": params(n_layers=1)},
     "n_kv_heads to divide n_heads": {"heads of keys 3 of 4": params(n_kv_heads=3)},
@@ -347,15 +344,15 @@ SHARDS = {
         "a number for a tensor": tensors(lambda found: found | {"norm.weight": 3}),
         "a dict in a dict": tensors(lambda found: {"model": found}),
         "names that are numbers": tensors(lambda found: dict(enumerate(found.values()))),
-        "complex": tensor("norm.weight", lambda x: x.to(torch.complex64)),
-        "float8": tensor("norm.weight", lambda x: x.to(torch.float8_e5m2)),
+        "complex": tensor(NORM, lambda x: x.to(torch.complex64)),
+        "float8": tensor(NORM, lambda x: x.to(torch.float8_e5m2)),
     },
     "a tensor's shape is not one": {
-        "a shape of 1,000 dimensions": tensor("norm.weight", lambda x: torch.empty([1] * 1000))
+        "1,000 dimensions": tensor(NORM, lambda x: torch.empty([1] * 1000))
     },
     "or spread over far more than itself": {
-        "a tensor spread over a thousand times its size": tensor(
-            "tok_embeddings.weight", lambda x: torch.empty_strided(x.shape, (1000, 1))
+        "values a thousand apart": tensor(
+            EMBEDDINGS, lambda x: torch.empty_strided(x.shape, (1000, 1))
         )
     },
     UNLIKE: {"no tensors": tensors(lambda found: OrderedDict())},
@@ -368,27 +365,23 @@ SHARDS = {
     },
     f"is torch.float64, {KIND}": {"float64": tensor(f"{WQ}.weight", torch.Tensor.double)},
     f"is torch.int8, {KIND}": {"int8 without scales": tensor(f"{WQ}.weight", torch.Tensor.char)},
-    f"norm.weight in {SHARD} is torch.bool": {"bool": tensor("norm.weight", torch.Tensor.bool)},
+    f"norm.weight in {SHARD} is torch.bool": {"bool": tensor(NORM, torch.Tensor.bool)},
     rf"{W2}.weight in {SHARD} is \(": {"transposed": tensor(f"{W2}.weight", lambda x: x.T)},
     r"is \(31, 64\), but": {"a row less": tensor(f"{WQ}.weight", lambda x: x[:-1].clone())},
     r"is \(0, 64\), but": {"no rows": tensor(f"{WQ}.weight", lambda x: x[:0].clone())},
     r"is \(1, 32, 64\), but": {"a dimension more": tensor(f"{WQ}.weight", lambda x: x[None])},
-    r"tok_embeddings.weight in \S+ is \(\), but": {
-        "a number for embeddings": tensor("tok_embeddings.weight", lambda x: x[0, 0].clone())
+    rf"{EMBEDDINGS} in \S+ is \(\), but": {
+        "a number for embeddings": tensor(EMBEDDINGS, lambda x: x[0, 0].clone())
     },
     r"the weights have \d+ tokens, the tokenizer \d+": {
-        "embeddings of another tokenizer": tensor("tok_embeddings.weight", lambda x: x[:-5].clone())
+        "embeddings of another tokenizer": tensor(EMBEDDINGS, lambda x: x[:-5].clone())
     },
     f"{WQ}.weight in {SHARD} {NOT_FINITE}": {
         "NaN in a matrix": value(torch.nan),
         "infinity in a matrix": value(torch.inf),
     },
-    f"tok_embeddings.weight {EITHER} {NOT_FINITE}": {
-        "NaN in embeddings": value(torch.nan, "tok_embeddings.weight")
-    },
-    f"output.weight in {SHARD} {NOT_FINITE}": {
-        "infinity in the head": value(-torch.inf, "output.weight")
-    },
+    f"{EMBEDDINGS} {EITHER} {NOT_FINITE}": {"NaN in embeddings": value(torch.nan, EMBEDDINGS)},
+    f"output.weight in {SHARD} {NOT_FINITE}": {"infinite head": value(-torch.inf, "output.weight")},
     f"{W2}.weight {EITHER} {NOT_FINITE}": {
         "beyond fp16": tensor(f"{W2}.weight", lambda x: x.float() * 1e6)
     },
@@ -447,9 +440,7 @@ INT8 = {
         "last file gone": removed("consolidated.03.pth")
     },
     f"but not {SHARD}": {"a file between gone": removed(SHARD)},
-    "missing layers.1.* left over layers.0.": {
-        "a file twice": copied(SHARD, "consolidated.02.pth")
-    },
+    "missing layers.1.* left over layers.0.": {"file twice": copied(SHARD, "consolidated.02.pth")},
     "missing nothing, left over layers.0.": {"a file more": copied(SHARD, "consolidated.04.pth")},
     f"missing {WQ}.SCB": {
         "a file of shards": tensors(lambda f: {k: x.half() for k, x in f.items() if "SCB" not in k})
@@ -467,9 +458,7 @@ INT8 = {
         "codes in uint8": tensor(f"{WQ}.weight", torch.Tensor.byte),
     },
     f"{W2}.weight in {SHARD}": {"codes transposed": tensor(f"{W2}.weight", lambda x: x.T)},
-    r"weight_format is not 0 \(by rows\)": {
-        "layout by columns": tensor(f"{WQ}.weight_format", lambda x: x + 1)
-    },
+    r"is not 0 \(by rows\)": {"layout by columns": tensor(f"{WQ}.weight_format", lambda x: x + 1)},
     f"{WQ}.weight_format": {"layout absent": without(f"{WQ}.weight_format")},
     rf"weight_format in {SHARD} is \(2,\)": {
         "layout twice": tensor(f"{WQ}.weight_format", lambda x: x.repeat(2))

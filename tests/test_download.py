@@ -109,17 +109,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        sent = site.cut.pop(path, None)
-        if sent is None and path in site.hold:
-            sent = site.hold.pop(path)
+        body = body[: site.cut.pop(path, None)]
+        if sent := site.hold.pop(path, 0):
             self.wfile.write(body[:sent])
             site.release.wait(10)
-            body, sent = body[sent:], None
-        while site.pause and len(body) > 4096:
-            self.wfile.write(body[:4096])
-            body = body[4096:]
+        while site.pause and len(body) - sent > 4096:
+            self.wfile.write(body[sent : sent + 4096])
+            sent += 4096
             time.sleep(site.pause)
-        self.wfile.write(body[:sent])
+        self.wfile.write(body[sent:])
 
     def log_message(self, *args):
         pass

@@ -26,7 +26,7 @@ QUICK = {  # what users meet: tried in this process too, each time the tests run
         shard cut to 0.5, shard by another name, shard less, shard first gone, shards all gone,
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
         tokenizer absent, embeddings of another tokenizer""",
-    "int8": """format 2, last file gone, a file between gone, a file twice, layout by columns,
+    "int8": """format 2, last file gone, a file between gone, file twice, layout by columns,
         scales absent, codes in fp16, scales short""",
 }
 QUICK = [(form, name) for form in QUICK for name in re.split(r",\s+", QUICK[form])]

@@ -2,6 +2,7 @@
 with threads that call it at once."""
 
 import gc
+import itertools
 import os
 import random
 import signal
@@ -89,24 +90,17 @@ def test_ctrl_c_at_50_moments_leaves_a_model_usable(make_folder, device):
         assert process.wait(30) == 0
 
 
-def fails_at(step, model, error):
-    """The model's forward from now on: raises at this step, works again after."""
-    forward, steps = model.forward, []
-
-    def failing(*args):
-        steps.append(1)
-        if len(steps) == step:
-            raise error
-        return forward(*args)
-
-    return failing
-
-
 @pytest.mark.parametrize("step", [1, 2, 8])
 def test_out_of_memory_names_the_flags_and_a_smaller_call_works(demo, monkeypatch, step):
     expected = demo.generate(PROMPTS[:1], 8, seed=1)
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-    monkeypatch.setattr(demo.model, "forward", fails_at(step, demo.model, error))
+    forward, steps = demo.model.forward, itertools.count(1)
+
+    def failing(*args):
+        if next(steps) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return forward(*args)
+
+    monkeypatch.setattr(demo.model, "forward", failing)
     with pytest.raises(MemoryError, match="fewer prompts .*--max_batch_size.* --max_gen_len"):
         demo.generate(PROMPTS, 20)
     assert sys.exc_info()[0] is None and caches() == 0  # though a notebook keeps the error

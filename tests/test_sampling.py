@@ -87,14 +87,6 @@ def test_rows_that_are_not_finite_are_marked_alone(bad):
         assert tokens[1] == NOT_FINITE and (tokens[[0, 2]] >= 0).all()
 
 
-def test_a_row_does_not_depend_on_its_company():
-    logits, uniform = torch.randn(8, 100), torch.rand(8)
-    settings = Settings(temperature=0.8, top_p=0.9)
-    together = sample(logits, uniform, settings)
-    for row in range(8):
-        assert sample(logits[row : row + 1], uniform[row : row + 1], settings) == together[row]
-
-
 def slow_penalty(logits, history, penalty, window, slope):
     """The docstring of `penalize`, one token at a time."""
     logits = logits.clone()
