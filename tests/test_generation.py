@@ -199,7 +199,8 @@ class Scripted(torch.nn.Module):
 def script(demo, monkeypatch):
     def install(*texts):
         scripts = [demo.tokenizer.encode(text, bos=False, eos=True) for text in texts]
-        monkeypatch.setattr(demo.model, "output", Scripted(scripts, demo.tokenizer.n_words))
+        head = Scripted(scripts, demo.tokenizer.n_words)
+        monkeypatch.setitem(demo.model._modules, "output", head)
         return scripts
 
     return install
