@@ -43,7 +43,9 @@ def test_a_seed_gives_the_same_texts_again_and_another_seed_others(demo):
         assert result.startswith(prompt) and len(result) > len(prompt) + 10
 
 
-@pytest.mark.parametrize("settings", [{"seed": 5}, {"temperature": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"seed": 5}, {"temperature": 0, "repetition_penalty": 1.3}], ids=str
+)
 def test_a_row_does_not_depend_on_its_company(demo_float, settings):
     together = demo_float.generate(PROMPTS, max_gen_len=40, **settings)
     assert demo_float.generate(PROMPTS[:1], max_gen_len=40, **settings) == together[:1]

@@ -77,7 +77,7 @@ def check_linear(B, D, N, then, norm=None):
 
 
 def norm_of(D):
-    return random(D, dtype=torch.float16), 1e-5
+    return random(D, dtype=torch.float16), 50.0  # an epsilon that shows in what is 30 times random
 
 
 @pytest.mark.parametrize("B, norm", [(1, False), (5, False), (33, False), (1, True), (5, True)])
@@ -194,7 +194,7 @@ def rows(M, D, before, outliers):
 def check_llm_int8(M, D, N, before, outliers, then):
     (x, weight), (CB, SCB) = rows(M, D, before, outliers), matrix(D, N)
     room, their_room = (quant_buffers(M, D, x.device) for _ in range(2))
-    norm = (weight, 1e-5) if before == "rms_norm" else None
+    norm = (weight, 0.1) if before == "rms_norm" else None
     CA, SCA, kept = llm_int8.vectorwise_quant(x, 6.0, room, before, norm)
     llm_int8.vectorwise_quant_torch(x, 6.0, their_room, before, norm)
     A = x if before == "nothing" else room[0]
