@@ -16,55 +16,22 @@ from triton.compiler import ASTSource
 from llama.kernels import attention, few_rows, llm_int8, rotary
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block: CUDA programming guide
-LINEAR = {
-    "x": "*fp16",
-    "gain": "*fp16",
-    "CB": "*i8",
-    "SCB": "*fp32",
-    "out": "*fp32",
-    "N": "i32",
-    "eps": "fp32",
-}
-FEW = {
-    "digits": "*i8",
-    "scales": "*fp32",
-    "CB": "*i8",
-    "SCB": "*fp32",
-    "out": "*fp32",
-    "partial": "*fp32",
-    "arrivals": "*i32",
-    "B": "i32",
-    "N": "i32",
-}
-ATTEND = {
-    "qkv": "*fp32",
-    "k_cache": "*fp16",
-    "v_cache": "*fp16",
-    "positions": "*i64",
-    "rotation": "*fp32",
-    "partial": "*fp32",
-    "arrivals": "*i32",
-    "out": "*fp16",
-    "S": "i32",
-    "scale": "fp32",
-}
 
 
-QUANT = {
-    "x": "*fp16",
-    "weight": "*fp16",
-    "A": "*fp16",
-    "CA": "*i8",
-    "SCA": "*fp32",
-    "first": "*i32",
-    "columns": "*i32",
-    "count": "*i32",
-    "threshold": "fp32",
-    "eps": "fp32",
-    "rest": "*fp16",
-    "M": "i32",
-}
-PRODUCT = QUANT | {"CB": "*i8", "SCB": "*fp32", "out": "*fp32", "N": "i32"}
+def types(text):
+    """Those of a kernel's arguments."""
+    return dict(argument.split(": ") for argument in text.split(", "))
+
+
+LINEAR = types("x: *fp16, gain: *fp16, CB: *i8, SCB: *fp32, out: *fp32, N: i32, eps: fp32")
+FEW = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, partial: *fp32")
+FEW |= types("arrivals: *i32, B: i32, N: i32")
+ATTEND = types("qkv: *fp32, k_cache: *fp16, v_cache: *fp16, positions: *i64, rotation: *fp32")
+ATTEND |= types("partial: *fp32, arrivals: *i32, out: *fp16, S: i32, scale: fp32")
+ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, rotation: *fp32, T: i32")
+QUANT = types("x: *fp16, weight: *fp16, A: *fp16, CA: *i8, SCA: *fp32, first: *i32, columns: *i32")
+QUANT |= types("count: *i32, threshold: fp32, eps: fp32, rest: *fp16, M: i32")
+PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
 
 
 def cases():
@@ -78,18 +45,17 @@ def cases():
         options = {"num_warps": 4, "num_stages": few_rows.STAGES}
         yield few_rows.few_rows_kernel, FEW, constants, options
     constants = {"D": 5120, "TILE": few_rows.TILE, "TILES": 5}
-    types = LINEAR | {"x": "*fp32", "out": "*fp16"}
-    yield few_rows.normalize_kernel, types, constants, {"num_warps": 4}
-    types |= {"digits": "*i8", "scales": "*fp32", "B": "i32"}
+    of_norm = LINEAR | {"x": "*fp32", "out": "*fp16"}
+    yield few_rows.normalize_kernel, of_norm, constants, {"num_warps": 4}
+    of_split = of_norm | {"digits": "*i8", "scales": "*fp32", "B": "i32"}
     constants = {name: getattr(few_rows, name) for name in ("TILE", "GROUP", "DIGITS")}
     constants |= {"D": 5120, "TILES": 5, "NORM": True}
-    yield few_rows.split_kernel, types, constants, {"num_warps": 4}
+    yield few_rows.split_kernel, of_split, constants, {"num_warps": 4}
     sizes = {"K": 128, "SPLIT": 64, "BLOCK": 64, "MAX_SPLITS": attention.MAX_SPLITS}
     yield attention.attend_kernel, ATTEND, sizes | {"H": 64, "HKV": 8}, {"num_warps": 4}
 
-    types = {"qkv": "*fp16", "k_cache": "*fp16", "v_cache": "*fp16", "rotation": "*fp32"}
     constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
-    yield rotary.rotate_kernel, types | {"T": "i32"}, constants, {"num_warps": 4}
+    yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}
     for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
         constants = {"D": 5120, "TILE": 1024, "TILES": 5, "BEFORE": before}
         yield llm_int8.vectorwise_quant_kernel, QUANT | {"x": x}, constants, {"num_warps": 8}
@@ -107,16 +73,16 @@ def cases():
 
 def shared_memory(case: int, capability: int) -> tuple[str, float]:
     """KiB that one of cases() takes."""
-    kernel, types, constants, options = list(cases())[case]
+    kernel, given, constants, options = list(cases())[case]
     if "PDL" in kernel.arg_names:
         constants = constants | {"PDL": capability >= 90}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
     # As at a launch, where pointers and sizes are multiples of 16: else nothing is loaded ahead,
     # and little shared memory taken.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if types.get(name, "")[:1] == "*" or (name in types and name in "NS")
+        if given.get(name, "")[:1] == "*" or (name in given and name in "NS")
     }
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)

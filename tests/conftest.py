@@ -4,7 +4,9 @@
 import base64
 import io
 import os
+import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,9 +19,22 @@ if not torch.cuda.is_available():  # triton reads it when it is imported, as bit
 
 from checkpoints import random_weights, tiny_params, write_checkpoint
 
-from llama import LLaMA, cli
+from llama import LLaMA, Tokenizer, cli
 
-DEMO = Path(__file__).parents[1] / "llama" / "demo"
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "llama" / "demo"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def python(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    """What comes of a Python of its own, as users have it: stdout and stderr apart."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +44,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, torch sees none"))
 
 
+def write_folder(folder, params, n_shards, **options):
+    """folder, params and the random weights that it now holds, beside the demo's tokenizer."""
+    weights = random_weights(params, vocab_size=vocab_size(), **options)
+    write_checkpoint(folder, params, weights, n_shards)
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    return folder, params, weights
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """make_folder(n_shards, dtype, outliers, **params) -> (folder, params, weights): a model folder
@@ -36,25 +59,29 @@ def make_folder(tmp_path):
 
     def make(n_shards=1, dtype=torch.float16, outliers=(), name="tiny", **overrides):
         params = tiny_params(**overrides)
-        weights = random_weights(params, dtype=dtype, outliers=outliers, vocab_size=vocab_size())
-        folder = write_checkpoint(tmp_path / name, params, weights, n_shards)
-        shutil.copy(DEMO / "tokenizer.model", folder)
-        return folder, params, weights
+        return write_folder(tmp_path / name, params, n_shards, dtype=dtype, outliers=outliers)
 
     return make
 
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of what
-    `cli.run` makes of a command in this process."""
+    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of a command in
+    this process: a function that `cli.run` is given, a script, or a module by its name."""
 
     def call(command, *arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         status = 0
         try:
-            cli.run(command)
+            if isinstance(command, Path):
+                runpy.run_path(str(command), run_name="__main__")
+            elif isinstance(command, str):
+                name = f"{command}.__main__" if command == "llama" else command
+                monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns
+                runpy.run_module(command, run_name="__main__", alter_sys=True)
+            else:
+                cli.run(command)
         except SystemExit as exit:
             status = exit.code
         return status, *capsys.readouterr()
@@ -67,11 +94,17 @@ def large_folder(tmp_path_factory):
     """0.9 GB in fp32, where the float16 of one matrix or of one shard would show."""
     folder = tmp_path_factory.mktemp("large") / "large"
     params = tiny_params(dim=2048, n_heads=16, n_layers=4, multiple_of=256)
-    weights = random_weights(params, dtype=torch.float32, vocab_size=vocab_size())
-    write_checkpoint(folder, params, weights, 2)
-    shutil.copy(DEMO / "tokenizer.model", folder)
+    write_folder(folder, params, 2, dtype=torch.float32)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +146,4 @@ def tiktoken_itself(llama3):
 
 
 def vocab_size() -> int:
-    from llama import Tokenizer
-
     return Tokenizer(DEMO / "tokenizer.model").n_words

@@ -12,44 +12,54 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import sys
 import time
 import zipfile
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 SECONDS, MIB = 5, 1024
-LAYER = "consolidated.01.pth"  # of the int8 folder: its layer 0
-SHARD = "consolidated.01.pth"  # of two
+# The second of two shards, and of the int8 folder's four files that of layer 0.
+SHARD = "consolidated.01.pth"
 WQ, W2 = "layers.0.attention.wq", "layers.0.feed_forward.w2"
+EMBEDDINGS, NORM = "tok_embeddings.weight", "norm.weight"
+
+
+def instead(file, make):
+    """What make(path) makes in the file's place."""
+
+    def spoil(folder):
+        (folder / file).unlink(missing_ok=True)
+        make(folder / file)
+
+    return spoil
+
+
+folder_for, pipe_for = (partial(instead, make=make) for make in (Path.mkdir, os.mkfifo))
+
+
+def linked(file, target):
+    return instead(file, lambda path: path.symlink_to(target))
 
 
 def put(file, content):
     content = content.encode() if isinstance(content, str) else content
-
-    def spoil(folder):
-        (folder / file).unlink(missing_ok=True)
-        (folder / file).write_bytes(content)
-
-    return spoil
-
-
-def cut(file, share):
-    """Keeps that share of a file, or, negative, all but so many bytes."""
-
-    def spoil(folder):
-        content = (folder / file).read_bytes()
-        put(file, content[: int(share * len(content)) if share > 0 else share])(folder)
-
-    return spoil
+    return instead(file, lambda path: path.write_bytes(content))
 
 
 def edit(file, function):
     return lambda folder: put(file, function((folder / file).read_bytes()))(folder)
+
+
+def cut(file, share):
+    """Keeps that share of a file, or, negative, all but so many bytes."""
+    return edit(file, lambda content: content[: int(share * len(content)) if share > 0 else share])
 
 
 def params(**changes):
@@ -62,60 +72,55 @@ def params(**changes):
     return edit("params.json", change)
 
 
-def tensors(function, file=SHARD):
-    """The file's dict as function(dict) changes it or what it returns instead."""
+def tensors(function):
+    """The shard's dict as function(dict) changes it or what it returns instead."""
 
     def spoil(folder):
-        found = torch.load(folder / file)
+        found = torch.load(folder / SHARD)
         result = function(found)
-        torch.save(found if result is None else result, folder / file)
+        torch.save(found if result is None else result, folder / SHARD)
 
     return spoil
 
 
-def tensor(name, function, file=SHARD):
-    return tensors(lambda found: found.update({name: function(found[name])}), file)
+def tensor(name, function):
+    return tensors(lambda found: found.update({name: function(found[name])}))
 
 
-def value(number, name=f"{WQ}.weight", file=SHARD):
+def value(number, name=f"{WQ}.weight"):
     def change(x):
         x.view(-1)[7] = number
         return x
 
-    return tensor(name, change, file)
+    return tensor(name, change)
 
 
-def entry(offset, bits, which=4):
-    """Flips bits at this offset of a record's entry in the directory of a zip file."""
-
-    def change(content):
-        content, place = bytearray(content), -1
-        for _ in range(which + 1):
-            place = content.index(b"PK\1\2", place + 1)
-        content[place + offset] ^= bits
-        return bytes(content)
-
-    return edit(SHARD, change)
+def without(name):
+    return tensors(lambda found: {k: x for k, x in found.items() if k != name})
 
 
-def header(offset, bits):
-    """Flips bits of the header that stands before the bytes of the first tensors."""
+def flipped(place, offset, bits):
+    """Flips bits so far behind a place of the shard."""
 
     def change(content):
         content = bytearray(content)
-        place = content.rindex(b"PK\3\4", 0, content.index(b"/data/0"))
-        content[place + offset] ^= bits
+        content[place(content) + offset] ^= bits
         return bytes(content)
 
     return edit(SHARD, change)
 
 
-def rewrite(
-    change=lambda name, content: content,
-    compression=zipfile.ZIP_STORED,
-    more=(),
-    names=lambda name: name,
-):
+def entry(content):
+    """Where the directory of a zip file has its fifth record."""
+    return [found.start() for found in re.finditer(b"PK\1\2", content)][4]
+
+
+def header(content):
+    """Where the header that stands before the bytes of the first tensors begins."""
+    return content.rindex(b"PK\3\4", 0, content.index(b"/data/0"))
+
+
+def rewrite(change=lambda name, old: old, compression=zipfile.ZIP_STORED, more=(), names=str):
     """Writes a shard's zip again with records as change(name, content) gives them, and more."""
 
     def spoil(folder):
@@ -128,6 +133,10 @@ def rewrite(
     return spoil
 
 
+def zipped(**more):
+    return rewrite(compression=zipfile.ZIP_DEFLATED, **more)
+
+
 def pickled(content):
     """A shard whose list of tensors is this pickle."""
     return rewrite(lambda name, old: content if name.endswith("data.pkl") else old)
@@ -135,17 +144,17 @@ def pickled(content):
 
 def twins(times, before=b""):
     """Code for a tuple of two that are each a tuple of two, and so on; in the memo's place 0."""
-    return before + b")q\0" + b"h\0\x86q\0" * times
+    return before + b")q\0" + b"h\0h\0\x86q\0" * times
 
 
 def calls(function, *arguments):
-    """A pickle that calls a function when it is read."""
+    """A shard whose list of tensors calls a function when it is unpickled."""
 
     class Call:
         def __reduce__(self):
             return function, arguments
 
-    return pickle.dumps({"tok_embeddings.weight": Call()}, 2)
+    return pickled(pickle.dumps({"tok_embeddings.weight": Call()}, 2))
 
 
 # A list of one tensor of 2 TiB whose storage has two numbers.
@@ -157,36 +166,25 @@ TERABYTES = (
 )
 
 
+def removed(file):
+    return lambda folder: (folder / file).unlink()
+
+
 def renamed(old, new):
     return lambda folder: [(folder / old).rename(folder / new)]
 
 
 def renamed_all(name):
-    return lambda f: [p.rename(f / name.format(i)) for i, p in enumerate(f.glob("*.pth"))]
+    return lambda f: [p.rename(f / name.format(i)) for i, p in enumerate(sorted(f.glob("*.pth")))]
 
 
-def linked(file, target):
-    def spoil(folder):
-        (folder / file).unlink()
-        (folder / file).symlink_to(target)
-
-    return spoil
+def copied(old, new):
+    return lambda folder: (folder / new).write_bytes((folder / old).read_bytes())
 
 
-def folder_for(file):
-    def spoil(folder):
-        (folder / file).unlink()
-        (folder / file).mkdir()
-
-    return spoil
-
-
-def pipe_for(file):
-    def spoil(folder):
-        (folder / file).unlink()
-        os.mkfifo(folder / file)
-
-    return spoil
+def sparse(file, size):
+    """A file of that size, nearly all of it a hole."""
+    return lambda folder: os.truncate(folder / file, size)
 
 
 def directory_of_gigabytes(folder):
@@ -196,377 +194,292 @@ def directory_of_gigabytes(folder):
         file.write(b"PK\5\6" + bytes(8) + (2**31).to_bytes(4, "little") + bytes(6))
 
 
-def copied(old, new):
-    return lambda folder: (folder / new).write_bytes((folder / old).read_bytes())
-
-
-def sparse(file, size):
-    """A file of that size, nearly all of it a hole."""
-
-    def spoil(folder):
-        with (folder / file).open("r+b") as f:
-            f.truncate(size)
-
-    return spoil
-
-
-def cut_pieces(content):
-    """A tokenizer.model of some hundred pieces more than it has bytes for."""
-    return content[: len(content) // 2] + b"\n" + b"\xff" * 9 + b"\1"
-
-
-def without(*names):
-    def change(found):
-        for name in names:
-            del found[name]
-
-    return change
-
-
 PAGE = "<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476939516\n"
 DAMAGED = rf"{SHARD} \([\d,]+ bytes\) is cut short, damaged or not a checkpoint"
 RUNS = DAMAGED + r" \((it holds more than a flat dict of tensors|.+, which was not run)\)"
-MOVED = DAMAGED + r" \(its record \S+ is not as torch.save writes it\)"
-FOLDER = DAMAGED + r" \(its records are not one folder of files of different names\)"
 UNLIKE = rf"{SHARD} and params.json do not belong together"
-NOT_JSON = r"params.json is not a JSON object \(.*\): download it again"
 NOT_FINITE = "holds values that are not finite in fp16"
-KIND = "expected torch.float16 or torch.bfloat16 or torch.float32: pass Meta's original"
 BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))  # Llama 3's kind
-TOKENIZER = r"tokenizer.model \([\d,]+ bytes\) is not a sentencepiece model"
+KIND = "expected torch.float16 or torch.bfloat16 or torch.float32: pass Meta's original"
+EITHER = f"in consolidated.00.pth or {SHARD}"  # of a matrix that is read from both
 CANARY = "/tmp/faults.canary"  # that nothing may make
 
-# What is wrong -> what spoils a folder of shards so, what the message says.
+# What the message says -> what is wrong -> what spoils a folder of shards so.
 SHARDS = {
-    "params cut short": (cut("params.json", 0.5), NOT_JSON),
-    "params empty": (put("params.json", ""), NOT_JSON),
-    "params a web page": (put("params.json", PAGE), NOT_JSON),
-    "params a git-lfs pointer": (put("params.json", POINTER), NOT_JSON),
-    "params in UTF-16": (edit("params.json", lambda c: c.decode().encode("utf-16")), NOT_JSON),
-    "params in zeros": (put("params.json", bytes(200)), NOT_JSON),
-    "params a number of 10,000 digits": (put("params.json", '{"dim": ' + "9" * 10**4), NOT_JSON),
-    "params nested 100,000 deep": (put("params.json", '{"a":' * 10**5), NOT_JSON),
-    "params a list": (put("params.json", "[4096]"), NOT_JSON),
-    "params null": (put("params.json", "null"), NOT_JSON),
-    "params nested, no object": (put("params.json", '{"model": 7}'), NOT_JSON),
-    "params nested twice": (
-        put("params.json", '{"model": {"model": {"dim": 64}}}'),
-        "params.json lacks dim, n_layers, n_heads, norm_eps",
-    ),
-    "params of a gigabyte": (sparse("params.json", 2**30), NOT_JSON),
-    "params a folder": (folder_for("params.json"), "no params.json in"),
-    "params a symlink to itself": (linked("params.json", "params.json"), "no params.json in"),
-    "params a pipe": (pipe_for("params.json"), "no params.json in"),
-    "params absent": (lambda f: (f / "params.json").unlink(), "no params.json in"),
-    "keys of escape codes": (params(**{"\x1b[2J\n": 1}, dim=...), "params.json lacks dim"),
-    "dim absent": (params(dim=...), "params.json lacks dim: download it again"),
-    "dim negative": (params(dim=-64), "params.json: dim is -64, expected a whole number, from 1"),
-    "dim zero": (params(dim=0), "params.json: dim is 0, expected a whole number"),
-    "dim text": (params(dim="64"), "params.json: dim is '64', expected a whole number"),
-    "dim a fraction": (params(dim=64.5), "params.json: dim is 64.5, expected a whole number"),
-    "dim true": (params(dim=True), "params.json: dim is True, expected a whole number"),
-    "dim null": (params(dim=None), "params.json: dim is None, expected a whole number"),
-    "dim a list": (params(dim=[64]), r"params.json: dim is \[64\], expected a whole number"),
-    "dim of terabytes": (params(dim=10**9), "dim is 1000000000, expected a whole number, from"),
-    "dim the largest": (
-        params(dim=2**17),
-        r"but params.json asks for \(4096, 131072\) from 2 shards together",
-    ),
-    "dim odd": (params(dim=66, n_heads=22), "expected heads of one even width"),
-    "feed forward of terabytes": (
-        params(ffn_dim_multiplier=100),
-        r"asks for \(17024, 64\) from 2 shards",
-    ),
-    "feed forward infinite": (params(ffn_dim_multiplier=1e999), "ffn_dim_multiplier is inf"),
-    "layers of terabytes": (params(n_layers=10**12), "params.json: n_layers is 1000000000000"),
-    "1,000 layers": (params(n_layers=1000), "belong together: missing layers.2.* and 8979 more"),
-    "one layer less": (params(n_layers=1), "missing nothing, left over layers.1."),
-    "heads negative": (params(n_heads=-4), "params.json: n_heads is -4"),
-    "heads of keys none": (params(n_kv_heads=0), "params.json: n_kv_heads is 0"),
-    "heads of keys too many": (params(n_kv_heads=8), "params.json: n_kv_heads is 8"),
-    "heads of keys 3 of 4": (params(n_kv_heads=3), "n_kv_heads to divide n_heads"),
-    "norm_eps NaN": (params(norm_eps=float("nan")), "params.json: norm_eps is nan"),
-    "norm_eps negative": (params(norm_eps=-1e-5), "params.json: norm_eps is -1e-05"),
-    "rope_theta zero": (params(rope_theta=0), "params.json: rope_theta is 0"),
-    "multiple_of zero": (params(multiple_of=0), "params.json: multiple_of is 0"),
-    "vocabulary another": (params(vocab_size=32000), "params.json asks for 32000"),
-    "vocabulary negative": (params(vocab_size=-2), "params.json: vocab_size is -2"),
-    "vocabulary text": (params(vocab_size="all"), "params.json: vocab_size is 'all'"),
-    "format of int8 unknown": (params(int8_format="x" * 10**4), "is of int8 format 'x+'?, this"),
-    "shard empty": (put(SHARD, ""), DAMAGED),
-    "shard a web page": (put(SHARD, PAGE), f"{SHARD} is a web page, not a checkpoint"),
-    "shard a git-lfs pointer": (put(SHARD, POINTER), f"{SHARD} is a git-lfs pointer"),
-    "shard of zeros": (put(SHARD, bytes(10**5)), DAMAGED),
-    "shard of 64 GiB of hole": (sparse(SHARD, 2**36), DAMAGED),
-    "shard a folder": (folder_for(SHARD), f"{SHARD} is not a file"),
-    "shard a symlink to itself": (linked(SHARD, SHARD), f"{SHARD} is not a file"),
-    "shard a pipe": (pipe_for(SHARD), f"{SHARD} is not a file"),
-    "shard a device": (linked(SHARD, "/dev/zero"), f"{SHARD} is not a file"),
-    "shard by another name": (
-        renamed(SHARD, "consolidated.1.pth"),
-        "holds consolidated.00.pth, consolidated.1.pth but not consolidated.01.pth",
-    ),
-    "shard more": (copied(SHARD, "consolidated.02.pth"), "from 3 shards together: take all files"),
-    "shard more by number": (copied(SHARD, "consolidated.05.pth"), "but not consolidated.02.pth"),
-    "shard less": (
-        lambda f: (f / SHARD).unlink(),
-        r"\(it is one of 2 shards\), but params.json asks for .*: take all files",
-    ),
-    "shard first gone": (
-        lambda f: (f / "consolidated.00.pth").unlink(),
-        "holds consolidated.01.pth but not consolidated.00.pth",
-    ),
-    "shards all gone": (
-        lambda f: [path.unlink() for path in f.glob("*.pth")],
-        r"no consolidated.\*.pth in",
-    ),
-    "shards gone, strange names": (
-        lambda f: [path.rename(f / "a\n\x1b[2J") for path in sorted(f.glob("*.pth"))],
-        r"\(it holds a\\n\\x1b\[2J, params.json, tokenizer.model\)",
-    ),
-    "shard in torch's old format": (
-        lambda f: torch.save(
+    r"params.json is not a JSON object \(.*\): download it again": {
+        "params cut short": cut("params.json", 0.5),
+        "params empty": put("params.json", ""),
+        "params a web page": put("params.json", PAGE),
+        "params a git-lfs pointer": put("params.json", POINTER),
+        "params in UTF-16": edit("params.json", lambda c: c.decode().encode("utf-16")),
+        "params in zeros": put("params.json", bytes(200)),
+        "params a number of 10,000 digits": put("params.json", '{"dim": ' + "9" * 10**4),
+        "params nested 100,000 deep": put("params.json", '{"a":' * 10**5),
+        "params a list": put("params.json", "[4096]"),
+        "params null": put("params.json", "null"),
+        "params nested, no object": put("params.json", '{"model": 7}'),
+        "params of a gigabyte": sparse("params.json", 2**30),
+    },
+    "no params.json in": {
+        "params a folder": folder_for("params.json"),
+        "params a symlink to itself": linked("params.json", "params.json"),
+        "params a pipe": pipe_for("params.json"),
+        "params absent": removed("params.json"),
+    },
+    "params.json lacks dim, n_layers, n_heads, norm_eps": {
+        "params nested twice": put("params.json", '{"model": {"model": {"dim": 64}}}')
+    },
+    "params.json lacks dim": {"keys of escape codes": params(**{"\x1b[2J\n": 1}, dim=...)},
+    "params.json lacks dim: download it again": {"dim absent": params(dim=...)},
+    r"asks for \(4096, 131072\) from 2 shards together": {"dim the largest": params(dim=2**17)},
+    "expected heads of one even width": {"dim odd": params(dim=66, n_heads=22)},
+    r"asks for \(17024, 64\) from 2 shards": {"wide feed forward": params(ffn_dim_multiplier=100)},
+    "belong together: missing layers.2.* and 8979 more": {"1,000 layers": params(n_layers=1000)},
+    "missing nothing, left over layers.1.": {"one layer less": params(n_layers=1)},
+    "n_kv_heads to divide n_heads": {"heads of keys 3 of 4": params(n_kv_heads=3)},
+    "params.json asks for 32000": {"vocabulary another": params(vocab_size=32000)},
+    "is of int8 format 'x+'?, this": {"format of int8 unknown": params(int8_format="x" * 10**4)},
+    DAMAGED: {
+        "shard empty": put(SHARD, ""),
+        "shard of zeros": put(SHARD, bytes(10**5)),
+        "shard of 64 GiB of hole": sparse(SHARD, 2**36),
+        "shard a plain zip": lambda f: zipfile.ZipFile(f / SHARD, "w").writestr("a.txt", "text"),
+        "shard that unzips to 1 GB": zipped(more=[("archive/version", bytes(2**30))]),
+        "shard with something before it": edit(SHARD, lambda c: b"\r\n" + c),
+        "shard as text": edit(SHARD, lambda c: c.replace(b"\n", b"\r\n")),
+        "shard without tensors' bytes": edit(SHARD, lambda c: c.replace(b"/data/1", b"/data/a")),
+        "list of tensors absent": rewrite(names=lambda name: name.replace("data.pkl", "x.pkl")),
+        "list of tensors empty": pickled(b""),
+        "list of tensors cut short": pickled(b"\x80\2}q\0(X"),
+        "a directory of 2 GB": directory_of_gigabytes,
+        "more than its storage": pickled(TERABYTES),
+        **{f"shard cut to {n:g}": cut(SHARD, n) for n in (0.0001, 0.01, 0.1, 0.5, 0.9, 0.99)},
+        "shard cut to 0.999": cut(SHARD, 0.999),
+        **{f"shard less {-n} bytes": cut(SHARD, n) for n in (-1, -22, -100, -1000)},
+        "directory: mark": flipped(entry, 0, 1),
+        "directory: method": flipped(entry, 10, 8),
+        "directory: stored size": flipped(entry, 20, 64),
+        "directory: size": flipped(entry, 24, 64),
+        "directory: length of the name": flipped(entry, 28, 1),
+        "directory: length of the extra field": flipped(entry, 30, 16),
+        "directory: place": flipped(entry, 42, 64),
+        "directory: place, far": flipped(entry, 45, 64),
+        "directory: name": flipped(entry, 46, 1),
+        "record: mark": flipped(header, 3, 1),
+        "record: length of the name": flipped(header, 26, 1),
+        "record: length of the extra field": flipped(header, 28, 64),
+        "record: length of the extra field, by 16": flipped(header, 28, 16),
+        "record: name": flipped(header, 30, 1),
+    },
+    f"{SHARD} is a web page, not a checkpoint": {"shard a web page": put(SHARD, PAGE)},
+    f"{SHARD} is a git-lfs pointer": {"shard a git-lfs pointer": put(SHARD, POINTER)},
+    f"{SHARD} is not a file": {
+        "shard a folder": folder_for(SHARD),
+        "shard a symlink to itself": linked(SHARD, SHARD),
+        "shard a pipe": pipe_for(SHARD),
+        "shard a device": linked(SHARD, "/dev/zero"),
+    },
+    "holds consolidated.00.pth, consolidated.1.pth but not consolidated.01.pth": {
+        "shard by another name": renamed(SHARD, "consolidated.1.pth")
+    },
+    "from 3 shards together: take all files": {"shard more": copied(SHARD, "consolidated.02.pth")},
+    "but not consolidated.02.pth": {"shard more by number": copied(SHARD, "consolidated.05.pth")},
+    r"\(it is one of 2 shards\), but params.json asks for .*: take all files": {
+        "shard less": removed(SHARD)
+    },
+    "holds consolidated.01.pth but not consolidated.00.pth": {
+        "shard first gone": removed("consolidated.00.pth")
+    },
+    r"no consolidated.\*.pth in": {
+        "shards all gone": lambda f: [path.unlink() for path in f.glob("*.pth")],
+        "folder above": lambda f: f.parent,
+    },
+    r"\(it holds a\\n\\x1b\[2J, params.json, tokenizer.model\)": {
+        "shards gone, strange names": renamed_all("a\n\x1b[2J")
+    },
+    f"{SHARD} is in torch's format before 1.6": {
+        "shard in torch's old format": lambda f: torch.save(
             torch.load(f / SHARD), f / SHARD, _use_new_zipfile_serialization=False
-        ),
-        f"{SHARD} is in torch's format before 1.6",
-    ),
-    "shard in TorchScript": (
-        lambda f: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), f / SHARD),
-        DAMAGED + "|" + RUNS,
-    ),
-    "shard a plain zip": (
-        lambda f: zipfile.ZipFile(f / SHARD, "w").writestr("a.txt", "text"),
-        DAMAGED,
-    ),
-    "shard zipped again": (rewrite(compression=zipfile.ZIP_DEFLATED), MOVED),
-    "shard that unzips to 1 GB": (
-        rewrite(compression=zipfile.ZIP_DEFLATED, more=[("archive/version", bytes(2**30))]),
-        DAMAGED,
-    ),
-    "shard with something before it": (edit(SHARD, lambda c: b"\r\n" + c), DAMAGED),
-    "shard as text": (edit(SHARD, lambda c: c.replace(b"\n", b"\r\n")), DAMAGED),
-    "shard with a record twice": (rewrite(more=[("consolidated.01/data/0", b"")]), FOLDER),
-    "shard without tensors' bytes": (
-        edit(SHARD, lambda c: c.replace(b"/data/1", b"/data/a")),
-        DAMAGED,
-    ),
-    "big-endian shard": (
-        rewrite(lambda name, old: b"big" if name.endswith("byteorder") else old),
-        DAMAGED + r" \(its numbers are of another byte order\)",
-    ),
-    "list of tensors changed": (edit(SHARD, lambda c: c.replace(b".wq.", b".wk.", 1)), "bad CRC"),
-    "list of tensors of a gigabyte": (pickled(bytes(2**21)), "are too long a list"),
-    "list of tensors absent": (
-        rewrite(lambda name, old: old, names=lambda name: name.replace("data.pkl", "x.pkl")),
-        DAMAGED,
-    ),
-    "list of tensors empty": (pickled(b""), DAMAGED),
-    "list of tensors cut short": (pickled(b"\x80\2}q\0(X"), DAMAGED),
-    "code: os.system": (pickled(calls(os.system, f"touch {CANARY}")), RUNS),
-    "code: open": (pickled(calls(open, CANARY, "w")), RUNS),
-    "code: eval": (pickled(calls(eval, f"open({CANARY!r}, 'w')")), RUNS),
-    "code: exec": (pickled(calls(exec, f"open({CANARY!r}, 'w')")), RUNS),
-    "code: torch.load": (pickled(calls(torch.load, "consolidated.00.pth")), RUNS),
-    "code: protocol 0": (pickled(f"cposix\nsystem\n(S'touch {CANARY}'\ntR.".encode()), RUNS),
-    "code: protocol 4": (pickled(b"\x80\4\x8c\5posix\x8c\6system\x93\x8c\x04true\x85R."), RUNS),
-    "code: INST": (pickled(f"(S'touch {CANARY}'\niposix\nsystem\n.".encode()), RUNS),
-    "memory: bytearray": (pickled(calls(bytearray, 2**31)), RUNS),
-    "memory: key of nested tuples": (pickled(b"\x80\2})" + b"\x85" * 900_000 + b"Ns."), RUNS),
-    "time: key of a tuple of itself": (pickled(b"\x80\2" + twins(60, b"}") + b"Ns."), RUNS),
-    "memory: place of a tuple of itself": (
-        pickled(
+        )
+    },
+    rf"{DAMAGED} \(its record \S+ is not as torch.save writes it\)": {
+        "shard zipped again": zipped()
+    },
+    DAMAGED + r" \(its records are not one folder of files of different names\)": {
+        "shard with a record twice": rewrite(more=[("consolidated.01/data/0", b"")]),
+        "two lists of tensors": rewrite(more=[("shard/zz/data.pkl", b"\x80\2}.")]),
+    },
+    DAMAGED + r" \(its numbers are of another byte order\)": {
+        "big-endian shard": rewrite(lambda name, old: b"big" if name.endswith("order") else old)
+    },
+    "bad CRC": {"list of tensors changed": edit(SHARD, lambda c: c.replace(b".wq.", b".wk.", 1))},
+    "are too long a list": {"list of tensors of a gigabyte": pickled(bytes(2**21))},
+    f"{DAMAGED}|{RUNS}": {
+        "shard in TorchScript": lambda f: torch.jit.save(
+            torch.jit.script(torch.nn.Linear(2, 2)), f / SHARD
+        )
+    },
+    RUNS: {
+        "code: os.system": calls(os.system, f"touch {CANARY}"),
+        "code: open": calls(open, CANARY, "w"),
+        "code: eval": calls(eval, f"open({CANARY!r}, 'w')"),
+        "code: torch.load": calls(torch.load, "consolidated.00.pth"),
+        "code: protocol 0": pickled(f"cposix\nsystem\n(S'touch {CANARY}'\ntR.".encode()),
+        "code: protocol 4": pickled(b"\x80\4\x8c\5posix\x8c\6system\x93\x8c\x04true\x85R."),
+        "code: INST": pickled(f"(S'touch {CANARY}'\niposix\nsystem\n.".encode()),
+        "memory: bytearray": calls(bytearray, 2**31),
+        "memory: key of nested tuples": pickled(b"\x80\2})" + b"\x85" * 900_000 + b"Ns."),
+        "time: key of a tuple of itself": pickled(b"\x80\2" + twins(60, b"}") + b"Ns."),
+        "memory: place of a tuple of itself": pickled(
             b"\x80\2" + twins(25) + b"(X\7\0\0\0storagectorch\nHalfStorage\nh\0X\3\0\0\0cpuK\1tQ."
         ),
-        RUNS,
-    ),
-    "two lists of tensors": (rewrite(more=[("shard/zz/data.pkl", b"\x80\2}.")]), FOLDER),
-    "a directory of 2 GB": (directory_of_gigabytes, DAMAGED),
-    "memory: counts that double": (
-        pickled(b"\x80\2)q\0" + b"h\0h\0\x86q\0" * 140_000 + b"."),
-        RUNS,
-    ),
-    "a shape of 1,000 dimensions": (
-        tensor("norm.weight", lambda x: torch.empty([1] * 1000)),
-        "a tensor's shape is not one",
-    ),
-    "a tensor spread over a thousand times its size": (
-        tensor("tok_embeddings.weight", lambda x: torch.empty_strided(x.shape, (1000, 1))),
-        "or spread over far more than itself",
-    ),
-    "memory: quantized tensor": (
-        pickled(calls(torch._utils._rebuild_qtensor, None, 0, (2**40,), (1,), (), False, None)),
-        RUNS,
-    ),
-    "memory: nested tensor": (
-        tensors(lambda found: {k: x.to_sparse() for k, x in found.items()}),
-        RUNS,
-    ),
-    "more than its storage": (pickled(TERABYTES), DAMAGED),
-    "a list": (tensors(lambda found: list(found.values())), RUNS),
-    "a tensor": (tensors(lambda found: found["norm.weight"]), RUNS),
-    "a number for a tensor": (tensors(lambda found: found | {"norm.weight": 3}), RUNS),
-    "a dict in a dict": (tensors(lambda found: {"model": found}), RUNS),
-    "names that are numbers": (tensors(lambda found: dict(enumerate(found.values()))), RUNS),
-    "no tensors": (tensors(lambda found: OrderedDict()), UNLIKE),
-    "a tensor absent": (tensors(without(f"{WQ}.weight")), f"missing {WQ}.weight, left over"),
-    "a tensor left over": (
-        tensors(lambda found: found | {"\x1b[2Jx\n": torch.zeros(2)}),
-        r"left over \\x1b\[2Jx\\n; take",
-    ),
-    "names of transformers": (
-        tensors(lambda found: {f"model.{k}": x for k, x in found.items()}),
-        UNLIKE + ": missing tok_embeddings.weight, .* left over model.tok_embeddings.weight",
-    ),
-    "float64": (tensor(f"{WQ}.weight", torch.Tensor.double), f"is torch.float64, {KIND}"),
-    "int8 without scales": (tensor(f"{WQ}.weight", torch.Tensor.char), f"is torch.int8, {KIND}"),
-    "bool": (tensor("norm.weight", torch.Tensor.bool), f"norm.weight in {SHARD} is torch.bool"),
-    "complex": (tensor("norm.weight", lambda x: x.to(torch.complex64)), RUNS),
-    "float8": (tensor("norm.weight", lambda x: x.to(torch.float8_e5m2)), RUNS),
-    "transposed": (tensor(f"{W2}.weight", lambda x: x.T), rf"{W2}.weight in {SHARD} is \("),
-    "a row less": (tensor(f"{WQ}.weight", lambda x: x[:-1].clone()), r"is \(31, 64\), but"),
-    "no rows": (tensor(f"{WQ}.weight", lambda x: x[:0].clone()), r"is \(0, 64\), but"),
-    "a dimension more": (tensor(f"{WQ}.weight", lambda x: x[None]), r"is \(1, 32, 64\), but"),
-    "a number for embeddings": (
-        tensor("tok_embeddings.weight", lambda x: x[0, 0].clone()),
-        r"tok_embeddings.weight in \S+ is \(\), but",
-    ),
-    "embeddings of another tokenizer": (
-        tensor("tok_embeddings.weight", lambda x: x[:-5].clone()),
-        r"the weights have \d+ tokens, the tokenizer \d+",
-    ),
-    "NaN in a matrix": (value(torch.nan), rf"{WQ}.weight in {SHARD} {NOT_FINITE}"),
-    "infinity in a matrix": (value(torch.inf), rf"{WQ}.weight in {SHARD} {NOT_FINITE}"),
-    "NaN in embeddings": (
-        value(torch.nan, "tok_embeddings.weight"),
-        rf"tok_embeddings.weight in consolidated.00.pth or {SHARD} {NOT_FINITE}",
-    ),
-    "infinity in the head": (
-        value(-torch.inf, "output.weight"),
-        rf"output.weight in {SHARD} {NOT_FINITE}",
-    ),
-    "beyond fp16": (
-        tensor(f"{W2}.weight", lambda x: x.float() * 1e6),
-        rf"{W2}.weight in consolidated.00.pth or {SHARD} {NOT_FINITE}",
-    ),
-    "safetensors": (
-        renamed_all("model-{}.safetensors"),
-        r"safetensors is safetensors, .* not Meta's consolidated.*.pth: pass the model folder",
-    ),
-    "safetensors beside Meta's": (
-        lambda f: [shutil.copytree(f, f / "original"), renamed_all("model-{}.safetensors")(f)],
-        "is safetensors, .* e.g. --ckpt_dir .*tiny/original$",
-    ),
-    "GGUF": (renamed_all("model-{}.gguf"), "gguf is a GGUF file, not Meta's"),
-    "a GGUF file for a folder": (
-        lambda f: renamed(SHARD, "x.gguf")(f) and f / "x.gguf",
-        "x.gguf is a GGUF file, not Meta's .* e.g. --ckpt_dir /w/13B$",
-    ),
-    "tokenizer absent": (
-        lambda f: (f / "tokenizer.model").unlink(),
-        "tokenizer .*tokenizer.model does not exist",
-    ),
-    "tokenizer a folder": (folder_for("tokenizer.model"), "tokenizer.model is a folder"),
-    "tokenizer empty": (put("tokenizer.model", ""), TOKENIZER),
-    "tokenizer a web page": (put("tokenizer.model", PAGE), TOKENIZER),
-    "tokenizer a git-lfs pointer": (put("tokenizer.model", POINTER), TOKENIZER),
-    "tokenizer of a gigabyte": (sparse("tokenizer.model", 2**32), "tokenizer.model"),
-    "tokenizer a symlink to itself": (
-        linked("tokenizer.model", "tokenizer.model"),
-        "tokenizer.model does not exist",
-    ),
-    "tokenizer a pipe": (pipe_for("tokenizer.model"), "tokenizer.model"),
-    "tokenizer of Llama 3": (
-        put("tokenizer.model", BYTES),
-        r"the weights have \d+ tokens, the tokenizer 512",
-    ),
-    "tokenizer of Llama 3, cut": (
-        put("tokenizer.model", BYTES[:100]),
-        "tokenizer.model, line 14 is b'DQ== 1', expected another token",
-    ),
-    "tokenizer broken within": (edit("tokenizer.model", cut_pieces), TOKENIZER),
-    "tokenizer without its end": (cut("tokenizer.model", 0.5), "tokenizer"),
-    "folder a file": (lambda f: f / "params.json", "params.json is a file: pass the model folder"),
-    "folder absent": (lambda f: f / "nothing", "nothing does not exist: pass the model folder"),
-    "folder above": (lambda f: f.parent, r"no consolidated.\*.pth in"),
+        "memory: counts that double": pickled(b"\x80\2" + twins(140_000) + b"."),
+        "memory: quantized tensor": calls(
+            torch._utils._rebuild_qtensor, None, 0, (2**40,), (1,), (), False, None
+        ),
+        "memory: nested tensor": tensors(
+            lambda found: {k: x.to_sparse() for k, x in found.items()}
+        ),
+        "a list": tensors(lambda found: list(found.values())),
+        "a tensor": tensors(lambda found: found["norm.weight"]),
+        "a number for a tensor": tensors(lambda found: found | {"norm.weight": 3}),
+        "a dict in a dict": tensors(lambda found: {"model": found}),
+        "names that are numbers": tensors(lambda found: dict(enumerate(found.values()))),
+        "complex": tensor(NORM, lambda x: x.to(torch.complex64)),
+        "float8": tensor(NORM, lambda x: x.to(torch.float8_e5m2)),
+    },
+    "a tensor's shape is not one": {
+        "1,000 dimensions": tensor(NORM, lambda x: torch.empty([1] * 1000))
+    },
+    "or spread over far more than itself": {
+        "values a thousand apart": tensor(
+            EMBEDDINGS, lambda x: torch.empty_strided(x.shape, (1000, 1))
+        )
+    },
+    UNLIKE: {"no tensors": tensors(lambda found: OrderedDict())},
+    f"missing {WQ}.weight, left over": {"a tensor absent": without(f"{WQ}.weight")},
+    r"left over \\x1b\[2Jx\\n; take": {
+        "a tensor left over": tensors(lambda found: found | {"\x1b[2Jx\n": torch.zeros(2)})
+    },
+    f"{UNLIKE}: missing tok_embeddings.weight, .* left over model.tok_embeddings.weight": {
+        "names of transformers": tensors(lambda f: {f"model.{k}": x for k, x in f.items()})
+    },
+    f"is torch.float64, {KIND}": {"float64": tensor(f"{WQ}.weight", torch.Tensor.double)},
+    f"is torch.int8, {KIND}": {"int8 without scales": tensor(f"{WQ}.weight", torch.Tensor.char)},
+    f"norm.weight in {SHARD} is torch.bool": {"bool": tensor(NORM, torch.Tensor.bool)},
+    rf"{W2}.weight in {SHARD} is \(": {"transposed": tensor(f"{W2}.weight", lambda x: x.T)},
+    r"is \(31, 64\), but": {"a row less": tensor(f"{WQ}.weight", lambda x: x[:-1].clone())},
+    r"is \(0, 64\), but": {"no rows": tensor(f"{WQ}.weight", lambda x: x[:0].clone())},
+    r"is \(1, 32, 64\), but": {"a dimension more": tensor(f"{WQ}.weight", lambda x: x[None])},
+    rf"{EMBEDDINGS} in \S+ is \(\), but": {
+        "a number for embeddings": tensor(EMBEDDINGS, lambda x: x[0, 0].clone())
+    },
+    r"the weights have \d+ tokens, the tokenizer \d+": {
+        "embeddings of another tokenizer": tensor(EMBEDDINGS, lambda x: x[:-5].clone()),
+        "tokenizer of Llama 3": put("tokenizer.model", BYTES),
+    },
+    "tokenizer.model, line 14 is b'DQ== 1', expected another token": {
+        "tokenizer of Llama 3, cut": put("tokenizer.model", BYTES[:100])
+    },
+    f"{WQ}.weight in {SHARD} {NOT_FINITE}": {
+        "NaN in a matrix": value(torch.nan),
+        "infinity in a matrix": value(torch.inf),
+    },
+    f"{EMBEDDINGS} {EITHER} {NOT_FINITE}": {"NaN in embeddings": value(torch.nan, EMBEDDINGS)},
+    f"output.weight in {SHARD} {NOT_FINITE}": {"infinite head": value(-torch.inf, "output.weight")},
+    f"{W2}.weight {EITHER} {NOT_FINITE}": {
+        "beyond fp16": tensor(f"{W2}.weight", lambda x: x.float() * 1e6)
+    },
+    "safetensors is safetensors, .* not Meta's consolidated.*.pth: pass the model folder": {
+        "safetensors": renamed_all("model-{}.safetensors")
+    },
+    "is safetensors, .* e.g. --ckpt_dir .*tiny/original$": {
+        "safetensors beside Meta's": lambda f: [
+            shutil.copytree(f, f / "original"),
+            renamed_all("model-{}.safetensors")(f),
+        ]
+    },
+    "gguf is a GGUF file, not Meta's": {"GGUF": renamed_all("model-{}.gguf")},
+    "x.gguf is a GGUF file, not Meta's .* e.g. --ckpt_dir /w/13B$": {
+        "a GGUF file for a folder": lambda f: renamed(SHARD, "x.gguf")(f) and f / "x.gguf"
+    },
+    "tokenizer .*tokenizer.model does not exist": {
+        "tokenizer absent": removed("tokenizer.model"),
+        "tokenizer a symlink to itself": linked("tokenizer.model", "tokenizer.model"),
+    },
+    "tokenizer.model is a folder": {"tokenizer a folder": folder_for("tokenizer.model")},
+    r"tokenizer.model \([\d,]+ bytes\) is not a sentencepiece model": {
+        "tokenizer a web page": put("tokenizer.model", PAGE),
+        "tokenizer a git-lfs pointer": put("tokenizer.model", POINTER),
+        "tokenizer that ends within a piece": edit(
+            "tokenizer.model", lambda c: c[: len(c) // 2] + b"\n" + b"\xff" * 9 + b"\1"
+        ),
+    },
+    "tokenizer.model": {
+        "tokenizer of a gigabyte": sparse("tokenizer.model", 2**32),
+        "tokenizer a pipe": pipe_for("tokenizer.model"),
+        "tokenizer without its end": cut("tokenizer.model", 0.5),
+    },
+    "params.json is a file: pass the model folder": {"folder a file": lambda f: f / "params.json"},
+    "nothing does not exist: pass the model folder": {"folder absent": lambda f: f / "nothing"},
 }
-SHARDS |= {
-    f"shard cut to {share:g}": (cut(SHARD, share), DAMAGED)
-    for share in (0.0001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+OUT_OF_RANGE = {  # keys of params.json
+    "dim": [-64, 0, "64", 64.5, True, None, [64], 10**9],
+    "n_layers": [10**12],
+    "n_heads": [-4],
+    "n_kv_heads": [0, 8],
+    "norm_eps": [float("nan"), -1e-5],
+    "rope_theta": [0],
+    "multiple_of": [0],
+    "ffn_dim_multiplier": [1e999],
+    "vocab_size": [-2, "all"],
 }
-SHARDS |= {f"shard less {-n} bytes": (cut(SHARD, n), DAMAGED) for n in (-1, -22, -100, -1000)}
-SHARDS |= {
-    f"directory: {what}": (entry(offset, bits), DAMAGED)
-    for what, (offset, bits) in {
-        "mark": (0, 1),
-        "method": (10, 8),
-        "stored size": (20, 64),
-        "size": (24, 64),
-        "length of the name": (28, 1),
-        "length of the extra field": (30, 16),
-        "place": (42, 64),
-        "place, far": (45, 64),
-        "name": (46, 1),
-    }.items()
-}
-SHARDS |= {
-    f"record: {what}": (header(offset, bits), DAMAGED)
-    for what, (offset, bits) in {
-        "mark": (3, 1),
-        "length of the name": (26, 1),
-        "length of the extra field": (28, 64),
-        "length of the extra field, by 16": (28, 16),
-        "name": (30, 1),
-    }.items()
-}
+for key, numbers in OUT_OF_RANGE.items():
+    for number in numbers:
+        name = f"{key} is {number!r}"
+        message = f"params.json: {re.escape(name)}, expected a (whole )?number, from"
+        SHARDS[message] = {name: params(**{key: number})}
 INT8 = {
-    "format 2": (params(int8_format=2), "params.json is of int8 format 2, this program reads 1"),
-    "format text": (params(int8_format="1"), "params.json is of int8 format '1', this program"),
-    "last file gone": (
-        lambda f: (f / "consolidated.03.pth").unlink(),
-        "the int8 files and params.json .* missing norm.weight, output",
-    ),
-    "a file between gone": (lambda f: (f / LAYER).unlink(), f"but not {LAYER}"),
-    "a file twice": (
-        copied(LAYER, "consolidated.02.pth"),
-        "missing layers.1.* left over layers.0.",
-    ),
-    "a file more": (copied(LAYER, "consolidated.04.pth"), "missing nothing, left over layers.0."),
-    "a file of shards": (
-        tensors(lambda found: {k: x.half() for k, x in found.items() if "SCB" not in k}, LAYER),
-        f"missing {WQ}.SCB",
-    ),
-    "scales absent": (tensors(without(f"{WQ}.SCB"), LAYER), f"missing {WQ}.SCB, left over nothing"),
-    "scales short": (
-        tensor(f"{WQ}.SCB", lambda x: x[1:].clone(), LAYER),
-        rf"{WQ}.SCB in {LAYER} is",
-    ),
-    "scales in fp64": (tensor(f"{WQ}.SCB", torch.Tensor.double, LAYER), "SCB in .* torch.float64"),
-    "scale NaN": (value(torch.nan, f"{WQ}.SCB", LAYER), f"{WQ}.SCB in {LAYER} {NOT_FINITE}"),
-    "scale infinite": (value(torch.inf, f"{W2}.SCB", LAYER), f"{W2}.SCB in {LAYER} {NOT_FINITE}"),
-    "norm NaN": (
-        value(torch.nan, "layers.0.ffn_norm.weight", LAYER),
-        f"ffn_norm.weight in {LAYER} {NOT_FINITE}",
-    ),
-    "codes in fp16": (tensor(f"{WQ}.weight", torch.Tensor.half, LAYER), "expected torch.int8"),
-    "codes in uint8": (tensor(f"{WQ}.weight", torch.Tensor.byte, LAYER), "expected torch.int8"),
-    "codes transposed": (tensor(f"{W2}.weight", lambda x: x.T, LAYER), rf"{W2}.weight in {LAYER}"),
-    "layout by columns": (
-        tensor(f"{WQ}.weight_format", lambda x: x + 1, LAYER),
-        r"weight_format is not 0 \(by rows\)",
-    ),
-    "layout absent": (tensors(without(f"{WQ}.weight_format"), LAYER), f"{WQ}.weight_format"),
-    "layout twice": (
-        tensor(f"{WQ}.weight_format", lambda x: x.repeat(2), LAYER),
-        rf"weight_format in {LAYER} is \(2,\)",
-    ),
-    "file cut short": (cut(LAYER, 0.7), rf"{LAYER} \([\d,]+ bytes\) is cut short, damaged"),
-    "file empty": (put(LAYER, ""), rf"{LAYER} \(0 bytes\) is cut short, damaged"),
-    "dim of another model": (params(dim=128), r"but params.json asks for \(\d+, 128\): take"),
-    "layers of another model": (params(n_layers=3), "missing layers.2.attention.wq.weight"),
+    "params.json is of int8 format 2, this program reads 1": {"format 2": params(int8_format=2)},
+    "the int8 files and params.json .* missing norm.weight, output": {
+        "last file gone": removed("consolidated.03.pth")
+    },
+    f"but not {SHARD}": {"a file between gone": removed(SHARD)},
+    "missing layers.1.* left over layers.0.": {"file twice": copied(SHARD, "consolidated.02.pth")},
+    "missing nothing, left over layers.0.": {"a file more": copied(SHARD, "consolidated.04.pth")},
+    f"missing {WQ}.SCB": {
+        "a file of shards": tensors(lambda f: {k: x.half() for k, x in f.items() if "SCB" not in k})
+    },
+    f"missing {WQ}.SCB, left over nothing": {"scales absent": without(f"{WQ}.SCB")},
+    f"{WQ}.SCB in {SHARD} is": {"scales short": tensor(f"{WQ}.SCB", lambda x: x[1:].clone())},
+    "SCB in .* torch.float64": {"scales in fp64": tensor(f"{WQ}.SCB", torch.Tensor.double)},
+    f"{WQ}.SCB in {SHARD} {NOT_FINITE}": {"scale NaN": value(torch.nan, f"{WQ}.SCB")},
+    f"{W2}.SCB in {SHARD} {NOT_FINITE}": {"scale infinite": value(torch.inf, f"{W2}.SCB")},
+    f"ffn_norm.weight in {SHARD} {NOT_FINITE}": {
+        "norm NaN": value(torch.nan, "layers.0.ffn_norm.weight")
+    },
+    "expected torch.int8": {
+        "codes in fp16": tensor(f"{WQ}.weight", torch.Tensor.half),
+        "codes in uint8": tensor(f"{WQ}.weight", torch.Tensor.byte),
+    },
+    f"{W2}.weight in {SHARD}": {"codes transposed": tensor(f"{W2}.weight", lambda x: x.T)},
+    r"is not 0 \(by rows\)": {"layout by columns": tensor(f"{WQ}.weight_format", lambda x: x + 1)},
+    f"{WQ}.weight_format": {"layout absent": without(f"{WQ}.weight_format")},
+    rf"weight_format in {SHARD} is \(2,\)": {
+        "layout twice": tensor(f"{WQ}.weight_format", lambda x: x.repeat(2))
+    },
+    rf"{SHARD} \([\d,]+ bytes\) is cut short, damaged": {"file cut short": cut(SHARD, 0.7)},
+    rf"{SHARD} \(0 bytes\) is cut short, damaged": {"file empty": put(SHARD, "")},
+    r"but params.json asks for \(\d+, 128\): take": {"dim of another model": params(dim=128)},
+    "missing layers.2.attention.wq.weight": {"layers of another model": params(n_layers=3)},
 }
-FAULTS = {("shards", name): fault for name, fault in SHARDS.items()}
-FAULTS |= {("int8", name): fault for name, fault in INT8.items()}
+FAULTS = {
+    (form, name): (spoil, message)
+    for form, by_message in {"shards": SHARDS, "int8": INT8}.items()
+    for message, spoils in by_message.items()
+    for name, spoil in spoils.items()
+}
 
 
 def digest(named):

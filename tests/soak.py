@@ -108,9 +108,7 @@ def grown(llm: LLaMA, results: dict[int, list], calls: int) -> tuple[int, int]:
 def main(calls: int = 4000, ckpt_dir: str | None = None, device: str = "cpu", again: int = 8):
     results = dict.fromkeys(random.Random(1).sample(range(calls), again))
     host, gpu = grown(LLaMA.build(ckpt_dir, device=device), results, calls)
-    print(
-        f"after {calls} calls host memory is {host / 2**20:.1f} MiB above that after half of them"
-    )
+    print(f"after {calls} calls host memory is {host / 2**20:.1f} MiB above that after half")
     print(f"and the tensors of the GPU {gpu} bytes")
     for number, result in results.items():
         same = alone(number, ckpt_dir, device) == result

@@ -84,9 +84,9 @@ def test_what_may_begin_a_stop_string_waits():
     assert pieces("A", ids, ["abab!"])[0] == ["ab", "abac"]
 
 
-def test_finish_reasons():
+def test_a_stop_string_is_the_reason_at_the_limit_and_the_first_of_two_in_a_token_counts():
     ids = TOKENIZER.encode("the king", False, False)
     assert pieces("A", ids, limit=len(ids))[1].finish_reason == "length"
-    assert pieces("A", ids)[1].finish_reason == "eos"
     stopped = pieces("A", ids, ["king"], limit=len(ids))[1]
     assert (stopped.finish_reason, stopped.ids) == ("stop", ids)
+    assert len(ids) == 2 and pieces("A", ids, ["ing", "k"])[1].text == " the "

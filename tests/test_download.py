@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,8 +30,9 @@ PREFIX, QUERY = "/a%2Fb/~x/", f"?Policy=ey~J_&Signature={SECRET}&&q=?*%2F*&Key=$
 BASH = shutil.which("bash")
 HELPERS = ("awk", "cut", "head", "md5sum", "mkdir", "mv", "rm", "tr")  # and curl or wget
 SHARD = "7B/consolidated.00.pth"
-SHARD_0, SHARD_1 = "13B/consolidated.00.pth", "13B/consolidated.01.pth"
 PAGE = b"<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>\n"
+
+UNKNOWN = r"download.sh: no size \S+: choose from 7B,13B,30B,65B .*\n"
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="download.sh needs bash")
 
@@ -66,7 +67,7 @@ class Site(ThreadingHTTPServer):
         self.hold = {}  # path -> bytes after which the server waits for `release`, once
         self.release = threading.Event()
         self.answers = {}  # path -> (status, body) instead of the file
-        self.busy = set()  # paths that get a 503, once
+        self.busy = {}  # the same, once
         self.moved = None  # where all paths are now
         self.pause = 0  # seconds after each 4 KiB
         self.query = QUERY
@@ -90,11 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(302, b"", {"Location": site.moved.replace("*", path, 1)})
         asked = self.headers["Range"]
         site.log.append((path, asked))
-        if path in site.answers:
-            return self.reply(*site.answers[path])
-        if path in site.busy:
-            site.busy.remove(path)
-            return self.reply(503, b"later")
+        if answer := site.busy.pop(path, None) or site.answers.get(path):
+            return self.reply(*answer)
         body, start = site.files[path], 0
         if asked and site.ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
@@ -111,17 +109,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        sent = site.cut.pop(path, None)
-        if sent is None and path in site.hold:
-            sent = site.hold.pop(path)
+        body = body[: site.cut.pop(path, None)]
+        if sent := site.hold.pop(path, 0):
             self.wfile.write(body[:sent])
             site.release.wait(10)
-            body, sent = body[sent:], None
-        while site.pause and len(body) > 4096:
-            self.wfile.write(body[:4096])
-            body = body[4096:]
+        while site.pause and len(body) - sent > 4096:
+            self.wfile.write(body[sent : sent + 4096])
+            sent += 4096
             time.sleep(site.pause)
-        self.wfile.write(body[:sent])
+        self.wfile.write(body[sent:])
 
     def log_message(self, *args):
         pass
@@ -148,8 +144,9 @@ def site():
 class Shell:
     """A copy of the script with the fakes' sums, and a PATH of exactly the tools it may use."""
 
-    def __init__(self, tmp_path, tool, files):
+    def __init__(self, tmp_path, tool, site):
         self.tmp, self.folder, self.tool = tmp_path, tmp_path / "with spaces", tool
+        self.site = site
         self.bin = tmp_path / "bin"
         self.bin.mkdir()
         for name in (*HELPERS, tool):
@@ -162,7 +159,7 @@ class Shell:
             self.add("md5", '#!/bin/sh\nexec /sbin/md5 "$@"\n')
         self.add("sleep", "#!/bin/sh\n")  # the pauses between two tries are none of our time
         table = re.compile(r"^([0-9a-f]{32})  (\S+)$", re.MULTILINE)
-        text, count = table.subn(lambda m: f"{md5(files[m[2]])}  {m[2]}", SCRIPT.read_text())
+        text, count = table.subn(lambda m: f"{md5(site.files[m[2]])}  {m[2]}", SCRIPT.read_text())
         assert count == 1 + 1 + 2 + 4 + 8
         self.script = tmp_path / "download.sh"
         self.script.write_text(text)
@@ -179,18 +176,15 @@ class Shell:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def start(self, *args, link, **options):
-        env = self.env if link is None else {**self.env, "PRESIGNED_URL": link}
+    def start(self, *args, link, **streams):
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
             [BASH, str(self.script), *map(str, args)],
-            env=env,
+            env=self.env if link is None else {**self.env, "PRESIGNED_URL": link},
             cwd=self.tmp,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **options,
+            **pipes | streams,
         )
 
     def run(self, *args, link):
@@ -201,88 +195,96 @@ class Shell:
         assert SECRET not in err
         return process.returncode, err
 
-    def holds(self, files, *sizes):
-        """True where the folder holds the sizes' files, and not one file more."""
-        want = {n: d for n, d in files.items() if "/" not in n or n.split("/")[0] in sizes}
+    def brings(self, sizes="7B"):
+        """What a run says that ends well and leaves all files of these sizes, and not one more."""
+        status, said = self.run(sizes, self.folder, link=self.site.link)
+        assert status == 0, said
+        assert self.holds(*sizes.split(","))
+        return said
+
+    def fails(self, sizes="7B"):
+        """What a run says that does not."""
+        status, said = self.run(sizes, self.folder, link=self.site.link)
+        assert status == 1, said
+        return said
+
+    def holds(self, *sizes):
+        files = self.site.files.items()
+        want = {n: d for n, d in files if "/" not in n or n.split("/")[0] in sizes}
         found = (p for p in self.folder.rglob("*") if p.is_file())
         return {str(p.relative_to(self.folder)): p.read_bytes() for p in found} == want
+
+    def part(self, path, content=None):
+        """Where what has come of a file lies; where it has content, it lies there now."""
+        part = self.folder / f"{path}.part"
+        if content is not None:
+            part.parent.mkdir(parents=True)
+            part.write_bytes(content)
+        return part
 
 
 @pytest.fixture(params=["curl", "wget"])
 def shell(request, tmp_path, site):
-    return Shell(tmp_path, request.param, site.files)
+    return Shell(tmp_path, request.param, site)
 
 
 @pytest.fixture
 def one_shell(tmp_path, site):
     """For what does not depend on the tool."""
-    return Shell(tmp_path, "curl" if shutil.which("curl") else "wget", site.files)
+    return Shell(tmp_path, "curl" if shutil.which("curl") else "wget", site)
+
+
+@pytest.fixture
+def sigint():
+    """A pytest started with & ignores SIGINT, which no shell below it could then trap."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def requests_of(site, path):
     return [asked for name, asked in site.log if name == path]
 
 
-def wait_for(condition):
+def held(site, shell):
+    """A run that waits in the middle of SHARD."""
+    site.hold[SHARD] = 60_000
+    process, part = shell.start("7B", shell.folder, link=site.link), shell.part(SHARD)
     end = time.monotonic() + 10
-    while not condition():
+    while not (part.exists() and part.stat().st_size > 50_000):
         assert time.monotonic() < end, "waited 10 s in vain"
         time.sleep(0.01)
+    return process
 
 
-def part_of(shell, path):
-    return shell.folder / f"{path}.part"
-
-
-def test_two_sizes_arrive_whole_and_a_second_run_asks_the_server_nothing(site, shell):
-    status, said = shell.run("7B,13B", shell.folder, link=site.link)
-    assert status == 0, said
-    assert shell.holds(site.files, "7B", "13B")
+def test_two_sizes_arrive_whole_and_later_runs_bring_only_what_is_missing(site, shell):
+    said = shell.brings("7B,13B")
     assert len(site.log) == 2 + 3 + 4 and not site.wrong_links
     assert said.endswith(f"{shell.folder} holds 7B,13B, whole\n")
-    site.log.clear()
-    status, said = shell.run("7B,13B", shell.folder, link=site.link)
-    assert status == 0, said
-    assert site.log == []
-
-
-def test_a_second_run_brings_only_what_is_missing(site, shell):
-    assert shell.run("13B", shell.folder, link=site.link)[0] == 0
-    (shell.folder / SHARD_1).unlink()
-    site.log.clear()
-    assert shell.run("13B", shell.folder, link=site.link)[0] == 0
-    assert site.log == [(SHARD_1, None)]
-    assert shell.holds(site.files, "13B")
+    for missing in ([], ["13B/consolidated.01.pth"]):
+        for path in missing:
+            (shell.folder / path).unlink()
+        site.log.clear()
+        shell.brings("7B,13B")
+        assert site.log == [(path, None) for path in missing]
 
 
 def test_a_cut_connection_is_resumed_in_the_same_run(site, shell):
     site.cut[SHARD] = 50_000
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 0, said
+    assert f"{SHARD}: interrupted" in shell.brings()
     assert requests_of(site, SHARD) == [None, "bytes=50000-"]
-    assert f"{SHARD}: interrupted" in said
-    assert shell.holds(site.files, "7B")
 
 
 def test_a_busy_server_is_asked_again(site, one_shell):
     if one_shell.tool == "wget":
         pytest.skip("a quiet wget does not tell 503 from 403")
-    site.busy.add(SHARD)
-    status, said = one_shell.run("7B", one_shell.folder, link=site.link)
-    assert status == 0, said
-    assert "HTTP 503" in said
-    assert one_shell.holds(site.files, "7B")
+    site.busy[SHARD] = (503, b"later")
+    assert "HTTP 503" in one_shell.brings()
 
 
 @pytest.mark.parametrize("how", ["SIGINT to all", "SIGKILL to all", "SIGTERM to the script"])
-def test_a_killed_run_is_resumed_by_the_next(site, shell, how):
-    site.hold[SHARD] = 60_000
-    # A pytest started with & ignores SIGINT, which no shell below it could then trap.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = shell.start("7B", shell.folder, link=site.link)
-    signal.signal(signal.SIGINT, before)
-    part = part_of(shell, SHARD)
-    wait_for(lambda: part.exists() and part.stat().st_size > 50_000)
+def test_a_killed_run_is_resumed_by_the_next(site, shell, how, sigint):
+    process, part = held(site, shell), shell.part(SHARD)
     name, _, whom = how.split(maxsplit=2)
     send = os.killpg if whom == "all" else os.kill
     send(process.pid, getattr(signal, name))
@@ -291,47 +293,38 @@ def test_a_killed_run_is_resumed_by_the_next(site, shell, how):
     assert not (shell.folder / SHARD).exists()
     came = part.stat().st_size
     site.log.clear()
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 0, said
+    shell.brings()
     assert site.log == [(SHARD, f"bytes={came}-")]
-    assert shell.holds(site.files, "7B")
 
 
 @pytest.mark.slow
-def test_20_kills_at_random_moments_lose_nothing_that_came(site, shell):
+def test_20_kills_at_random_moments_lose_nothing_that_came(site, shell, sigint):
     """Each run goes on where the one before ended, whichever signal ended it."""
     chance = random.Random(shell.tool)
     site.pause = 0.02  # 13B takes 4 s
-    older, sizes, kills, killed_midway = {}, {}, 0, 0
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        while kills < 20:
-            site.log.clear()
-            process = shell.start("13B", shell.folder, link=site.link)
-            time.sleep(0.05 + 0.4 * chance.random())
-            os.killpg(process.pid, chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
-            process.communicate(timeout=5)
-            kills += 1
-            for path, asked in site.log:  # the server may hear of a run after its end
-                came = older.get(path, 0), sizes.get(path, 0)
-                assert asked in [f"bytes={n}-" if n else None for n in came]
-            now = {}
-            for path in site.files:
-                whole, part = shell.folder / path, part_of(shell, path)
-                assert not whole.exists() or whole.read_bytes() == site.files[path]
-                if part.exists():
-                    assert site.files[path].startswith(part.read_bytes())
-                    killed_midway += 1
-                now[path] = next((p.stat().st_size for p in (whole, part) if p.exists()), 0)
-                assert now[path] >= sizes.get(path, 0)
-            older, sizes = sizes, now
-    finally:
-        signal.signal(signal.SIGINT, before)
+    older, sizes, killed_midway = {}, {}, 0
+    for _ in range(20):
+        site.log.clear()
+        process = shell.start("13B", shell.folder, link=site.link)
+        time.sleep(0.05 + 0.4 * chance.random())
+        os.killpg(process.pid, chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
+        process.communicate(timeout=5)
+        for path, asked in site.log:  # the server may hear of a run after its end
+            came = older.get(path, 0), sizes.get(path, 0)
+            assert asked in [f"bytes={n}-" if n else None for n in came]
+        now = {}
+        for path, content in site.files.items():
+            whole, part = shell.folder / path, shell.part(path)
+            assert not whole.exists() or whole.read_bytes() == content
+            if part.exists():
+                assert content.startswith(part.read_bytes())
+                killed_midway += 1
+            now[path] = next((p.stat().st_size for p in (whole, part) if p.exists()), 0)
+            assert now[path] >= sizes.get(path, 0)
+        older, sizes = sizes, now
     assert killed_midway > 5
     site.pause = 0
-    status, said = shell.run("13B", shell.folder, link=site.link)
-    assert status == 0, said
-    assert shell.holds(site.files, "13B")
+    shell.brings("13B")
 
 
 def test_a_redirect_is_followed_and_resumed_there(site, shell):
@@ -339,92 +332,72 @@ def test_a_redirect_is_followed_and_resumed_there(site, shell):
     with serving() as there:
         site.moved = there.link
         there.cut[SHARD] = 50_000
-        status, said = shell.run("7B", shell.folder, link=site.link)
-        assert status == 0, said
+        shell.brings()
         assert requests_of(there, SHARD) == [None, "bytes=50000-"]
-        assert shell.holds(site.files, "7B")
 
 
 def test_a_redirect_without_end_is_an_error(site, one_shell):
     site.moved = site.link
-    status, said = one_shell.run("7B", one_shell.folder, link=site.link)
-    assert status == 1 and "no tokenizer.model (" in said.splitlines()[-1]
+    assert "no tokenizer.model (" in one_shell.fails().splitlines()[-1]
 
 
 def test_a_redirect_to_a_file_of_this_machine_is_refused(site, shell):
     (shell.tmp / "private").write_text("private")
     site.moved = f"file://{shell.tmp}/private?*"
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1
+    said = shell.fails()
     assert all(p.stat().st_size == 0 for p in shell.folder.rglob("*") if p.is_file()), said
 
 
 def test_a_part_that_is_already_whole_is_taken(site, shell):
-    part_of(shell, SHARD).parent.mkdir(parents=True)
-    part_of(shell, SHARD).write_bytes(site.files[SHARD])  # killed between the last byte and the sum
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 0, said
-    assert shell.holds(site.files, "7B")
+    shell.part(SHARD, site.files[SHARD])  # killed between the last byte and the sum
+    shell.brings()
 
 
 def test_a_server_without_ranges_is_read_again_from_the_start(site, shell):
     site.ranges = False
     site.cut[SHARD] = 50_000
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 0, said
+    shell.brings()
     assert "bytes=50000-" in requests_of(site, SHARD)
-    assert shell.holds(site.files, "7B")
 
 
 def test_no_network_ends_after_some_tries_and_keeps_what_came(site, shell):
-    part_of(shell, "tokenizer.model").parent.mkdir()
-    part_of(shell, "tokenizer.model").write_bytes(b"\n\x0e")
+    part = shell.part("tokenizer.model", b"\n\x0e")
     link = site.link.replace(str(site.server_port), "1")  # nobody listens there
     status, said = shell.run("7B", shell.folder, link=link)
     assert status == 1
     assert "check the network" in said.splitlines()[-1]
-    assert part_of(shell, "tokenizer.model").read_bytes() == b"\n\x0e"
+    assert part.read_bytes() == b"\n\x0e"
 
 
-@pytest.mark.parametrize("path", [SHARD_0, "13B/params.json", "tokenizer.model"])
+@pytest.mark.parametrize("path", ["13B/consolidated.00.pth", "13B/params.json", "tokenizer.model"])
 def test_a_wrong_file_is_named_with_both_sums_and_is_not_kept(site, shell, path):
     right, wrong = md5(site.files[path]), b"PK damaged"
     site.answers[path] = (200, wrong)
-    status, said = shell.run("13B", shell.folder, link=site.link)
-    assert status == 1
-    assert f"{path} came with md5 sum {md5(wrong)}, not {right}" in said
-    assert not (shell.folder / path).exists() and not part_of(shell, path).exists()
-    assert (shell.folder / SHARD_1).exists()  # the other files are brought all the same
+    assert f"{path} came with md5 sum {md5(wrong)}, not {right}" in shell.fails("13B")
+    assert not (shell.folder / path).exists() and not shell.part(path).exists()
+    assert (shell.folder / "13B/consolidated.01.pth").exists()  # the others are brought
     site.answers.clear()
-    assert shell.run("13B", shell.folder, link=site.link)[0] == 0
-    assert shell.holds(site.files, "13B")
+    shell.brings("13B")
 
 
 @pytest.mark.parametrize("length", [100, 1_000_000])
-def test_a_spoilt_part_is_found_out_and_the_next_run_starts_afresh(site, shell, length):
-    part_of(shell, SHARD).parent.mkdir(parents=True)
-    part_of(shell, SHARD).write_bytes(b"X" * length)
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1 and f"{SHARD} came with md5 sum" in said
-    assert shell.run("7B", shell.folder, link=site.link)[0] == 0
-    assert shell.holds(site.files, "7B")
+def test_a_spoilt_part_is_found_out_and_the_next_run_starts_afresh(shell, length):
+    shell.part(SHARD, b"X" * length)
+    assert f"{SHARD} came with md5 sum" in shell.fails()
+    shell.brings()
 
 
 def test_a_wrong_file_that_lay_there_before_is_reported_and_not_touched(site, shell):
     (shell.folder / SHARD).parent.mkdir(parents=True)
     (shell.folder / SHARD).write_bytes(b"not ours")
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1
-    assert f"{shell.folder / SHARD} has md5 sum {md5(b'not ours')}, not " in said
+    assert f"{shell.folder / SHARD} has md5 sum {md5(b'not ours')}, not " in shell.fails()
     assert (shell.folder / SHARD).read_bytes() == b"not ours"
     assert requests_of(site, SHARD) == []
 
 
 def test_a_checklist_without_params_json_is_named(site, shell):
     site.files["7B/checklist.chk"] = b"nothing of use\n"
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1
-    assert f"no params.json in {shell.folder}/7B/checklist.chk" in said
+    assert f"no params.json in {shell.folder}/7B/checklist.chk" in shell.fails()
 
 
 @pytest.mark.parametrize("status_code", [403, 200])
@@ -433,59 +406,55 @@ def test_an_error_page_is_not_saved_and_the_link_is_said_to_have_expired(
     site, shell, status_code, page
 ):
     site.answers[SHARD] = (status_code, page)
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1
-    assert SHARD in said.splitlines()[-1]
-    assert "the link has probably expired, request a new one" in said.splitlines()[-1]
+    last = shell.fails().splitlines()[-1]
+    assert SHARD in last
+    assert "the link has probably expired, request a new one" in last
     assert not (shell.folder / SHARD).exists()
     assert len(requests_of(site, SHARD)) == 1
     assert all(b"<!DOC" not in p.read_bytes() for p in shell.folder.rglob("*") if p.is_file())
 
 
 def test_an_expired_link_leaves_the_part_to_be_resumed_with_a_new_one(site, shell):
-    part_of(shell, SHARD).parent.mkdir(parents=True)
-    part_of(shell, SHARD).write_bytes(site.files[SHARD][:1000])
+    shell.part(SHARD, site.files[SHARD][:1000])
     site.answers[SHARD] = (403, PAGE)
-    assert shell.run("7B", shell.folder, link=site.link)[0] == 1
+    shell.fails()
     site.answers.clear()
-    assert shell.run("7B", shell.folder, link=site.link)[0] == 0
+    shell.brings()
     assert requests_of(site, SHARD) == ["bytes=1000-"] * 2
-    assert shell.holds(site.files, "7B")
 
 
 def test_the_link_is_in_no_command_line_no_environment_of_a_tool_and_no_file(site, shell):
     if not Path("/proc/self/cmdline").exists():
         pytest.skip("no /proc on this machine")
-    site.hold[SHARD] = 60_000
-    process = shell.start("7B", shell.folder, link=site.link)
-    part = part_of(shell, SHARD)
-    wait_for(lambda: part.exists() and part.stat().st_size > 50_000)
-    tool_seen = False
+
+    def files_with_it():
+        return [p for p in shell.tmp.rglob("*") if p.is_file() and SECRET in p.read_text("latin1")]
+
+    process, tool_seen = held(site, shell), False
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes()
             assert SECRET.encode() not in arguments
-            if bytes(part) in arguments:
+            if bytes(shell.part(SHARD)) in arguments:
                 tool_seen = True
                 assert SECRET.encode() not in (folder / "environ").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             pass  # ended meanwhile, or another user's
     assert tool_seen
-    during = [p for p in shell.tmp.rglob("*") if p.is_file() and SECRET in p.read_text("latin1")]
+    during = files_with_it()
     site.release.set()
     out, err = process.communicate(timeout=10)
     assert process.returncode == 0, err
-    after = [p for p in shell.tmp.rglob("*") if p.is_file() and SECRET in p.read_text("latin1")]
-    assert during == after == [] and SECRET not in out + err
+    assert during == files_with_it() == [] and SECRET not in out + err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this machine")
-def test_a_full_disk_is_named(site, shell):
-    part_of(shell, SHARD).parent.mkdir(parents=True)
-    part_of(shell, SHARD).symlink_to("/dev/full")
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1
-    assert said.splitlines()[-1].startswith(f"download.sh: cannot write {part_of(shell, SHARD)} (")
+def test_a_full_disk_is_named(shell):
+    part = shell.part(SHARD, b"")
+    part.unlink()
+    part.symlink_to("/dev/full")
+    last = shell.fails().splitlines()[-1]
+    assert last.startswith(f"download.sh: cannot write {part} (")
 
 
 def test_sums_are_made_by_macos_md5_where_md5sum_is_absent(site, shell):
@@ -497,27 +466,29 @@ print(hashlib.md5(open(sys.argv[2], "rb").read()).hexdigest())
 """
     shell.add("md5", text)
     site.answers["7B/params.json"] = (200, b"{}")
-    assert shell.run("7B", shell.folder, link=site.link)[0] == 1
+    shell.fails()
     site.answers.clear()
-    assert shell.run("7B", shell.folder, link=site.link)[0] == 0
-    assert shell.holds(site.files, "7B")
+    shell.brings()
 
 
 @pytest.mark.parametrize("missing", ["md5", "transfer"])
 def test_a_missing_tool_is_named(site, shell, missing):
     for name in ("md5sum", "md5") if missing == "md5" else (shell.tool,):
         (shell.bin / name).unlink(missing_ok=True)
-    status, said = shell.run("7B", shell.folder, link=site.link)
-    assert status == 1
+    said = shell.fails()
     assert ("neither md5sum nor md5" if missing == "md5" else "neither curl nor wget") in said
     assert len(said.splitlines()) == 1 and site.log == []
 
 
-@pytest.mark.parametrize("sizes", ["8B", "7B,33B", "7b", "7B/", "*", "consolidated"])
-def test_an_unknown_size_is_refused_before_anything_is_asked(site, one_shell, sizes):
-    status, said = one_shell.run(sizes, one_shell.folder, link=site.link)
-    assert status == 1
-    assert re.fullmatch(r"download.sh: no size \S+: choose from 7B,13B,30B,65B .*\n", said)
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        *((sizes, UNKNOWN) for sizes in ("8B", "7B,33B", "7b", "7B/", "*", "consolidated")),
+        (" ,\n", "download.sh: no sizes .*\n"),
+    ],
+)
+def test_an_unknown_size_is_refused_before_anything_is_asked(site, one_shell, sizes, message):
+    assert re.fullmatch(message, one_shell.fails(sizes))
     assert site.log == [] and not one_shell.folder.exists()
 
 
@@ -540,20 +511,20 @@ def test_a_link_that_is_none_is_refused_in_one_sentence_that_does_not_show_it(on
 
 
 @pytest.mark.parametrize(
-    ("args", "with_link", "missing"),
-    [((), False, "link"), (("7B",), False, "link"), ((), True, "sizes"), (("7B",), True, "folder")],
+    "args, with_link, message",
+    [
+        ((), False, "no link"),
+        (("7B",), False, "no link"),
+        ((), True, "no sizes"),
+        (("7B",), True, "no folder"),
+        (("7B", "13B", "with spaces"), True, "3 arguments"),  # sizes need commas
+    ],
 )
-def test_without_a_terminal_what_is_missing_is_said(site, one_shell, args, with_link, missing):
+def test_arguments_that_are_missing_or_too_many(site, one_shell, args, with_link, message):
     status, said = one_shell.run(*args, link=site.link if with_link else None)
-    assert status == 1
-    assert re.fullmatch(rf"download.sh: no {missing}.* given and no terminal .*: run .*\n", said)
-    assert site.log == []
-
-
-def test_sizes_without_commas_are_refused_and_not_taken_for_a_folder(site, one_shell):
-    status, said = one_shell.run("7B", "13B", one_shell.folder, link=site.link)
-    assert status == 1 and "3 arguments" in said
-    assert site.log == []
+    assert status == 1 and message in said and site.log == []
+    given = "download.sh: no .* given and no terminal .*: run .*\n"
+    assert len(args) == 3 or re.fullmatch(given, said)
 
 
 @pytest.mark.parametrize("folder", ["-rf", "a b/c", "~/models"])
@@ -561,7 +532,7 @@ def test_odd_folders_are_taken_literally_but_for_the_home_folder(site, one_shell
     status, said = one_shell.run("7B", folder, link=site.link)
     assert status == 0, said
     one_shell.folder = one_shell.tmp / folder.replace("~", "home")
-    assert one_shell.holds(site.files, "7B")
+    assert one_shell.holds("7B")
 
 
 def test_a_home_folder_that_nobody_knows_is_said(site, one_shell):
@@ -570,16 +541,10 @@ def test_a_home_folder_that_nobody_knows_is_said(site, one_shell):
     assert status != 0 and "HOME: is not set: pass the whole path" in said and site.log == []
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(site, one_shell):
+def test_a_folder_in_the_place_of_a_file_is_named(one_shell):
     (one_shell.folder / "7B" / "params.json").mkdir(parents=True)
-    status, said = one_shell.run("7B", one_shell.folder, link=site.link)
-    assert status == 1
+    said = one_shell.fails()
     assert said.endswith("7B/params.json is a folder: move it elsewhere and run again\n")
-
-
-def test_blanks_are_no_sizes(site, one_shell):
-    status, said = one_shell.run(" ,\n", one_shell.folder, link=site.link)
-    assert status == 1 and "no sizes" in said and site.log == []
 
 
 def test_at_a_terminal_what_is_missing_is_asked_for(site, one_shell):
@@ -587,34 +552,21 @@ def test_at_a_terminal_what_is_missing_is_asked_for(site, one_shell):
     if one_shell.tool == "curl":
         site.query += "&Key=[1-2]{a,b}"  # wget encodes these
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [BASH, str(one_shell.script)],
-        env=one_shell.env,
-        cwd=one_shell.tmp,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
+    process = one_shell.start(link=None, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    for prompt, reply in (
-        (b"PRESIGNED_URL): ", site.link),
-        (b"65B): ", "7B, 13B"),
-        (b"folder: ", "with spaces"),
-    ):
+    replies = {b"PRESIGNED_URL): ": site.link, b"65B): ": "7B, 13B", b"folder: ": "with spaces"}
+    for prompt, reply in replies.items():
         seen = b""
         while not seen.endswith(prompt):
             assert select.select([ours], [], [], 5)[0], f"no prompt {prompt} after {seen}"
             seen += os.read(ours, 4096)
         os.write(ours, reply.encode() + b"\n")
-    try:
+    with suppress(OSError):  # Linux's way to say that the other side is closed
         while os.read(ours, 4096):
             pass
-    except OSError:
-        pass  # Linux's way to say that the other side is closed
     assert process.wait(10) == 0
     os.close(ours)
-    assert one_shell.holds(site.files, "7B", "13B")
+    assert one_shell.holds("7B", "13B")
 
 
 def test_shellcheck_finds_nothing():

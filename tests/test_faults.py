@@ -8,72 +8,62 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import faults
 import pytest
-from checkpoints import random_weights, tiny_params, write_checkpoint
-from conftest import DEMO, vocab_size
+from checkpoints import tiny_params
+from conftest import ROOT, python, write_folder
 
 from llama import LLaMA, quantize
 
-ROOT = Path(__file__).parents[1]
 OURS = {"ValueError", "FileNotFoundError", "OSError", "MemoryError"}
 QUICK = {  # what users meet: tried in this process too, each time the tests run
     "shards": """folder above, folder absent, safetensors, GGUF, params a web page, params absent,
-        dim text, dim absent, heads of keys 3 of 4, layers of terabytes, vocabulary another,
-        shard empty, shard a web page, shard a git-lfs pointer, shard a folder, shard cut to 0.5,
-        shard by another name, shard less, shard first gone, shards all gone, one layer less,
+        dim is '64', dim absent, heads of keys 3 of 4, n_layers is 1000000000000, one layer less,
+        vocabulary another, shard empty, shard a web page, shard a git-lfs pointer, shard a folder,
+        shard cut to 0.5, shard by another name, shard less, shard first gone, shards all gone,
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
         tokenizer absent, embeddings of another tokenizer""",
-    "int8": """format 2, last file gone, a file between gone, a file twice, layout by columns,
+    "int8": """format 2, last file gone, a file between gone, file twice, layout by columns,
         scales absent, codes in fp16, scales short""",
 }
 QUICK = [(form, name) for form in QUICK for name in re.split(r",\s+", QUICK[form])]
 
 
-class Trial:
-    """A process that loads folders, with a limit on its memory; see faults.py."""
+@contextmanager
+def trials():
+    """Gives load(folder, use_int8) in a process with a limit on its memory; see faults.py."""
+    command = [sys.executable, str(ROOT / "tests" / "faults.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as process:
 
-    def __init__(self):
-        command = [sys.executable, str(ROOT / "tests" / "faults.py")]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        def load(folder, use_int8=True):
+            process.stdin.write(json.dumps([str(folder), use_int8]) + "\n")
+            line = process.stdout.readline()
+            assert line, f"the process ended with status {process.wait()}"
+            return json.loads(line)
 
-    def __call__(self, folder, use_int8=True):
-        self.process.stdin.write(json.dumps([str(folder), use_int8]) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the process ended with status {self.process.wait()}"
-        return json.loads(line)
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        yield load
 
 
 @pytest.fixture(scope="module")
 def trial():
-    one = Trial()
-    yield one
-    one.end()
+    with trials() as load:
+        yield load
+
+
+def write_good(parent, n_shards=2, **sizes):
+    """The folders "shards" and "int8", of one model."""
+    write_folder(parent / "shards", tiny_params(**sizes), n_shards)
+    quantize.main(str(parent / "shards"), str(parent / "int8"))
+    return parent
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The folders "shards" and "int8", of one model."""
-    params = tiny_params()
-    weights = random_weights(params, vocab_size=vocab_size())
-    shards = write_checkpoint(tmp_path_factory.mktemp("good") / "shards", params, weights, 2)
-    shutil.copy(DEMO / "tokenizer.model", shards)
-    quantize.main(str(shards), str(shards.with_name("int8")))
-    return shards.parent
+    return write_good(tmp_path_factory.mktemp("good"))
 
 
 def spoilt(good, folder, form, name):
@@ -120,8 +110,7 @@ def test_fault(form, name, good, trial, tmp_path):
 )
 def test_fault_on_the_command_line(form, name, good, tmp_path):
     folder, message = spoilt(good, tmp_path / "tiny", form, name)
-    command = [sys.executable, "-m", "llama", f"--ckpt_dir={folder}", "--prompt=a", "--device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = python("-m", "llama", f"--ckpt_dir={folder}", "--prompt=a", "--device=cpu")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
     *_, said = done.stderr.splitlines()

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from conftest import DEVICES
 
 from llama import LLaMA, Settings, decode, generation
 from llama.decode import Decoder
@@ -33,36 +34,24 @@ def encoded(llm, *prompts):
     return [llm.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
 
-def test_results_are_prompts_with_continuations_in_order(demo):
-    results = demo.generate(PROMPTS, max_gen_len=20, seed=1)
-    assert len(results) == 3
-    for prompt, result in zip(PROMPTS, results):
+def test_a_seed_gives_the_same_texts_again_and_another_seed_others(demo):
+    """In the order of their prompts, and a prompt that is there twice has two."""
+    prompts = [*PROMPTS, PROMPTS[0]]
+    one, two, other = (demo.generate(prompts, max_gen_len=30, seed=s) for s in (5, 5, 6))
+    assert one == two and one != other and one[0] != one[3]
+    for prompt, result in zip(prompts, one, strict=True):
         assert result.startswith(prompt) and len(result) > len(prompt) + 10
 
 
-def test_batch_equals_one_by_one_in_float32(demo_float):
-    together = demo_float.generate(PROMPTS, max_gen_len=60, temperature=0)
-    alone = [demo_float.generate([p], max_gen_len=60, temperature=0)[0] for p in PROMPTS]
-    assert together == alone
-
-
-def test_same_seed_same_text_and_another_seed_another(demo):
-    one, two, other = (demo.generate(PROMPTS, max_gen_len=30, seed=s) for s in (5, 5, 6))
-    assert one == two and one != other
-
-
-def test_same_prompt_twice_gives_two_texts(demo):
-    a, b = demo.generate(PROMPTS[:1] * 2, max_gen_len=30, seed=5)
-    assert a != b
-
-
-def test_a_rows_draw_does_not_depend_on_its_company(demo_float):
-    together = demo_float.generate(PROMPTS, max_gen_len=40, seed=5)
-    assert demo_float.generate(PROMPTS[:1], max_gen_len=40, seed=5) == together[:1]
-    others = demo_float.generate(["A fox", PROMPTS[1], "One day"], max_gen_len=40, seed=5)
-    assert others[1] == together[1]
-    longer = demo_float.generate(PROMPTS[:2], max_gen_len=60, seed=5)
-    assert longer[1].startswith(together[1])
+@pytest.mark.parametrize(
+    "settings", [{"seed": 5}, {"temperature": 0, "repetition_penalty": 1.3}], ids=str
+)
+def test_a_row_does_not_depend_on_its_company(demo_float, settings):
+    together = demo_float.generate(PROMPTS, max_gen_len=40, **settings)
+    assert demo_float.generate(PROMPTS[:1], max_gen_len=40, **settings) == together[:1]
+    others = demo_float.generate(["A fox", *PROMPTS[1:]], max_gen_len=60, **settings)
+    for text, longer in zip(together[1:], others[1:]):
+        assert longer.startswith(text) and len(longer) > len(text)
 
 
 def test_no_seed_is_random(demo):
@@ -72,43 +61,29 @@ def test_no_seed_is_random(demo):
 
 
 @torch.inference_mode()
-def test_decode_agrees_with_one_prefill_of_its_result(demo_float):
-    """Greedy tokens are the most likely ones when the whole text is scored at once."""
-    model, [ids] = demo_float.model, encoded(demo_float, PROMPTS[0])
-    decoder = decoder_of(demo_float, [ids], 80, [])
-    new_ids = [decoder.step()[0][0] for _ in range(80)]
-    logits = model.output(model.features(torch.tensor([ids + new_ids])))[0]
-    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == new_ids
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
     """Its tokens are those it has alone, the others' what they would have been."""
     llm = LLaMA.build(device=device, use_int8=device == "cuda")
     one, two, new = encoded(llm, *PROMPTS)
 
-    def alone(ids, count):
-        return [first for first, _ in both(llm, [ids, two], count)]
+    def beside_two(ids, count):
+        decoder = decoder_of(llm, [ids, two], count, [])
+        return [list(column) for column in zip(*(decoder.step()[0] for _ in range(count)))]
 
     decoder = decoder_of(llm, [one, two], 40, [])
     steps = [decoder.step()[0] for _ in range(10)]
     decoder.prefill(0, new, torch.zeros(12))
     steps += [decoder.step()[0] for _ in range(12)]
     ids = [list(column) for column in zip(*steps)]
-    assert ids[0] == alone(one, 10) + alone(new, 12)
-    assert ids[1] == [decoder_step[1] for decoder_step in both(llm, [one, two], 22)]
+    assert ids[0] == beside_two(one, 10)[0] + beside_two(new, 12)[0]
+    assert ids[1] == beside_two(one, 22)[1]
 
 
-def both(llm, prompt_ids, count):
-    decoder = decoder_of(llm, prompt_ids, count, [])
-    return [decoder.step()[0] for _ in range(count)]
-
-
-@pytest.mark.parametrize("stop", [[], ["the", "and a"]])
-def test_pieces_join_to_what_generate_returns(demo, stop):
+def test_pieces_join_to_what_generate_returns(demo):
     for seed, prompt in enumerate((*PROMPTS, "", "A\N{FOX FACE}")):
-        settings = {"max_gen_len": 30, "seed": seed, "temperature": 1.5, "top_p": 1, "stop": stop}
+        settings = {"max_gen_len": 30, "seed": seed, "temperature": 1.5, "top_p": 1}
+        settings["stop"] = ["the", "and a"] if seed % 2 else []
         [whole] = demo.generate([prompt], **settings)
         assert prompt + "".join(demo.stream(prompt, **settings)) == whole
 
@@ -120,12 +95,6 @@ def test_a_stream_that_is_left_leaves_the_model_as_it_was(demo):
     interleaved = [a + b for a, b in zip(one, two)]
     assert demo.generate(PROMPTS[:1], 20, seed=1) == expected
     assert len(interleaved) > 10
-
-
-def test_top_k_1_and_min_p_1_are_greedy(demo):
-    greedy = demo.generate(PROMPTS, 20, temperature=0)
-    for settings in ({"top_k": 1}, {"min_p": 1.0}):
-        assert demo.generate(PROMPTS, 20, temperature=2.0, seed=1, **settings) == greedy
 
 
 def test_signatures_show_each_setting():
@@ -151,31 +120,30 @@ def test_settings_arrive_where_they_belong(demo, monkeypatch):
     assert seen == [Settings(*values)] * 2
 
 
-def test_logprobs_are_those_of_one_prefill(demo_float):
+def check_logprobs(llm, prompts, settings):
     """Decoded step by step with a penalty, and scored at once without: the model's own."""
+    *_, rows = llm.steps(prompts, settings, logprobs=True)
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = llm.tokenizer.encode(prompt, bos=True, eos=False) + row.ids
+        every = torch.cat(list(llm.logits(ids[:-1]))).log_softmax(-1)
+        scores = every.gather(-1, torch.tensor(ids[1:])[:, None])[-len(row.ids) :, 0]
+        assert scores.tolist() == pytest.approx(row.logprobs, abs=1e-3)
+    return rows
+
+
+def test_logprobs_are_those_of_one_prefill(demo_float):
     settings = Settings(40, temperature=1.0, repetition_penalty=1.3, seed=2)
-    *_, rows = demo_float.steps(PROMPTS, settings, logprobs=True)
-    for prompt, row in zip(PROMPTS, rows):
-        ids = demo_float.tokenizer.encode(prompt, bos=True, eos=False)
-        assert len(row.logprobs) == len(row.ids) == 40
-        scores = scores_of(demo_float, ids + row.ids)
-        assert scores[len(ids) - 1 :] == pytest.approx(row.logprobs, abs=1e-3)
+    rows = check_logprobs(demo_float, PROMPTS, settings)
+    assert [len(row.ids) for row in rows] == [40] * 3
 
 
-def test_logprobs_of_a_row_that_ends_at_max_seq_len(make_folder):
-    """While its neighbour goes on."""
+def test_max_seq_len_ends_a_row_while_its_neighbour_goes_on(make_folder):
     llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu", use_int8=False)
-    prompts = ["The king and his queen", "A"]
-    *_, rows = llm.steps(prompts, Settings(16, seed=1), logprobs=True)
-    assert len(rows[0].ids) < len(rows[1].ids)
-    for row in rows:
-        scores = scores_of(llm, row.prompt_ids + row.ids)
-        assert scores[len(row.prompt_ids) - 1 :] == pytest.approx(row.logprobs, abs=1e-3)
-
-
-def scores_of(llm, ids):
-    every = torch.cat(list(llm.logits(ids[:-1]))).log_softmax(-1)
-    return every.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    prompts = ["a" + " a" * 13, "The king and his queen", "A"]  # the first has room for one token
+    rows = check_logprobs(llm, prompts, Settings(16, seed=1))
+    assert 1 == len(rows[0].ids) < len(rows[1].ids) < len(rows[2].ids)
+    assert [len(row.prompt_ids) + len(row.ids) for row in rows] == [16] * 3
+    assert [row.finish_reason for row in rows] == ["length"] * 3
 
 
 def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatch):
@@ -196,11 +164,8 @@ def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatc
 
 def test_scores_of_empty_and_of_long_texts(make_folder):
     llm = LLaMA.build(make_folder()[0], max_seq_len=600, device="cpu")
-    longest = "a" * 10000
-    while len(llm.tokenizer.encode(longest, True, False)) > 600:
-        longest = longest[: len(longest) * 9 // 10]
-    empty, long = llm.score(["", longest])
-    assert empty == [] and len(long) > 500 and max(long) < 0
+    empty, long = llm.score(["", "a" + " a" * 598])
+    assert empty == [] and len(long) == 599 and max(long) < 0
     with pytest.raises(ValueError, match="text 2 has .* tokens, max_seq_len is 600"):
         llm.score(["a", "a " * 600])
     with pytest.raises(ValueError, match="texts is 'one', expected a list of strings"):
@@ -233,17 +198,14 @@ class Scripted(torch.nn.Module):
 
 
 @pytest.fixture
-def script(demo):
-    head = demo.model.output
-
+def script(demo, monkeypatch):
     def install(*texts):
-        encode = demo.tokenizer.encode
-        scripts = [encode(text, bos=False, eos=True) for text in texts]
-        demo.model.output = Scripted(scripts, demo.tokenizer.n_words)
+        scripts = [demo.tokenizer.encode(text, bos=False, eos=True) for text in texts]
+        head = Scripted(scripts, demo.tokenizer.n_words)
+        monkeypatch.setitem(demo.model._modules, "output", head)
         return scripts
 
-    yield install
-    demo.model.output = head
+    return install
 
 
 def test_stop_strings_end_a_row_and_the_call_when_all_have(demo, script):
@@ -254,35 +216,18 @@ def test_stop_strings_end_a_row_and_the_call_when_all_have(demo, script):
 
 
 def test_a_row_stops_at_eos_and_the_call_when_all_have(demo, script):
-    scripts = script("was red.", "and his queen lived long ago.")
+    scripts = script("was \N{FOX FACE}日本.", "and his queen lived long ago, they say.")
     results = demo.generate(["The fox", "The king"], 100, temperature=0)
-    assert results == ["The fox was red.", "The king and his queen lived long ago."]
+    assert results == [
+        "The fox was \N{FOX FACE}日本.",
+        "The king and his queen lived long ago, they say.",
+    ]
     # A prefill for each prompt, then one step for each token up to the longer row's end.
-    assert demo.model.output.calls == 2 + len(scripts[1]) - 1
-
-
-def test_bytes_of_one_character_become_that_character(demo, script):
-    script("\N{FOX FACE}日本")
-    assert demo.generate(["A"], 50, temperature=0) == ["A \N{FOX FACE}日本"]
-
-
-def test_prompt_is_returned_verbatim(demo):
-    prompt = "  Two  spaces \n\n\ttab \N{FOX FACE} "
-    assert demo.generate([prompt], 3)[0].startswith(prompt)
-
-
-def test_max_seq_len_ends_a_row(make_folder):
-    llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu")
-    *_, rows = llm.steps(["The king", "A"], Settings(16, temperature=0))
-    assert [len(row.prompt_ids) + len(row.ids) for row in rows] == [16, 16]
-    assert [row.finish_reason for row in rows] == ["length", "length"]
+    assert demo.model.output.calls == 2 + max(map(len, scripts)) - 1
 
 
 def test_prompt_as_long_as_max_seq_len_gets_no_continuation(make_folder):
-    llm = LLaMA.build(make_folder()[0], max_seq_len=9, device="cpu")
-    prompt = "a" * 3
-    while len(llm.tokenizer.encode(prompt, bos=True, eos=False)) < 9:
-        prompt += "\N{FOX FACE}" if len(llm.tokenizer.encode(prompt, True, False)) < 6 else " a"
+    llm, prompt = LLaMA.build(make_folder()[0], max_seq_len=9, device="cpu"), "a" + " a" * 7
     assert len(llm.tokenizer.encode(prompt, bos=True, eos=False)) == 9
     assert llm.generate([prompt], 5) == [prompt]
     with pytest.raises(ValueError, match="prompt 1 has 10 tokens, max_seq_len is 9"):
@@ -295,18 +240,6 @@ def test_cache_takes_what_this_call_needs(demo, monkeypatch):
     monkeypatch.setattr(decode, "KVCache", lambda *a: made.append(a) or cache(*a))
     demo.generate(PROMPTS[:2], max_gen_len=5)
     assert made[0][1:3] == (2, max(map(len, encoded(demo, *PROMPTS[:2]))) + 5)
-
-
-def test_a_list_of_any_length_goes_in_groups(make_folder):
-    """A seed's draws belong to a place in the list, whatever the groups are."""
-    folder, prompts = make_folder()[0], ["The king", "A fox", "One day", "A", "The king"]
-    texts = [
-        LLaMA.build(folder, max_batch_size=size, device="cpu", use_int8=False).generate(
-            prompts, 12, seed=5
-        )
-        for size in (1, 2, 32)
-    ]
-    assert texts[0] == texts[1] == texts[2] and texts[0][0] != texts[0][4]
 
 
 def test_a_very_long_wish_takes_no_more_than_there_is_room_for(make_folder):
@@ -324,25 +257,11 @@ def test_no_prompts_no_results(demo):
     "settings, message",
     [
         ({"max_gen_len": 0}, "max_gen_len is 0, expected a whole number, from 1 to"),
-        ({"max_gen_len": 2.5}, "max_gen_len is 2.5, expected a whole number"),
-        ({"max_gen_len": float("inf")}, "max_gen_len is inf, expected a whole number"),
-        ({"seed": 10**400}, "seed is 1000"),
-        ({"max_gen_len": True}, "max_gen_len is True, expected a whole number"),
         ({"temperature": -0.1}, "temperature is -0.1, expected a number, from 0 to"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_p": 1.1}, "top_p is 1.1, expected a number, from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"repetition_penalty_range": 0}, "repetition_penalty_range is 0"),
-        ({"repetition_penalty_slope": -1}, "repetition_penalty_slope is -1"),
+        ({"seed": 10**400}, "seed is 1000"),
         ({"stop": 5}, "stop is 5, expected a text or a list of texts"),
         ({"stop": ""}, "stop is '', expected a text or a list of texts, none of them empty"),
         ({"stop": ["a", ""]}, "stop is .'a', ''., expected a text or a list of texts"),
-        ({"top_k": -1}, "top_k is -1, expected a whole number, from 0"),
-        ({"min_p": 1.5}, "min_p is 1.5, expected a number, from 0 to 1"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 1.5}, "seed is 1.5"),
         ({"prompts": "one string"}, "prompts is 'one string', expected a list of strings"),
         ({"prompts": [1]}, "expected a list of strings"),
         ({"prompts": None}, "prompts is None, expected a list of strings"),
@@ -371,17 +290,6 @@ def test_stream_says_at_once_what_is_wrong(demo):
             demo.stream(*arguments)
 
 
-def test_logits_that_are_not_finite_raise(make_folder):
-    """Weights that fp16 holds, but whose product float32 does not."""
-    llm = LLaMA.build(make_folder()[0], device="cpu", use_int8=False)
-    with torch.no_grad():
-        llm.model.norm.weight.fill_(3e38)
-    with pytest.raises(FloatingPointError, match="logits that are not finite: the weights"):
-        llm.generate(["The king"], 5)
-    with pytest.raises(FloatingPointError, match="logits that are not finite"):
-        llm.score(["The king"])
-
-
 def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
     monkeypatch.setattr(generation.room, "free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match=r"sequences of \d+ tokens need .* lower --max_gen_len"):
@@ -394,38 +302,16 @@ def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
         ({"device": "gpu"}, "device is 'gpu', expected cuda, cuda:1 or cpu"),
         ({"device": "meta"}, "device is 'meta', expected"),
         ({"use_int8": "false"}, "use_int8 is 'false', expected True or False"),
-        ({"max_seq_len": 0}, "max_seq_len is 0, expected a whole number"),
-        ({"max_seq_len": 2**31}, "max_seq_len is 2147483648, expected a whole number"),
         ({"engine": "fast"}, "engine is 'fast', expected triton or bnb"),
         ({"ckpt_dir": ""}, "ckpt_dir is '', expected the model folder"),
         ({"ckpt_dir": 5}, "ckpt_dir is 5, expected the model folder"),
         ({"device": "cpu:7"}, "device is 'cpu:7', expected cuda, cuda:1 or cpu"),
-        ({"max_batch_size": "many"}, "max_batch_size is 'many', expected a whole number"),
     ],
     ids=str,
 )
 def test_build_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         LLaMA.build(**{"device": "cpu"} | options)
-
-
-def test_build_under_anothers_defaults():
-    """A notebook may have set what new tensors are, and may be in inference mode."""
-    expected = LLaMA.build(device="cpu").generate(PROMPTS[:1], 10, seed=1)
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.inference_mode():
-            llm = LLaMA.build(device="cpu")
-        assert llm.generate(PROMPTS[:1], 10, seed=1) == expected
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_numpy_numbers_are_numbers(demo):
-    numpy = pytest.importorskip("numpy")
-    settings = {"temperature": numpy.float64(0.7), "seed": numpy.int64(2)}
-    plain = {"temperature": 0.7, "seed": 2}
-    assert demo.generate(PROMPTS, numpy.int64(9), **settings) == demo.generate(PROMPTS, 9, **plain)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")

@@ -1,11 +1,10 @@
 """Is host memory bounded while a model is loaded or quantized, whatever its size?"""
 
 import shutil
-import subprocess
 import sys
 
 import pytest
-from conftest import DEMO
+from conftest import python
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,8 +38,7 @@ print(peak - before, model)
 
 
 def measure(folder, out="", device="cpu"):
-    command = [sys.executable, "-c", MEASURE, str(folder), str(out), device]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=DEMO.parents[1])
+    done = python("-c", MEASURE, folder, out, device)
     assert done.returncode == 0, done.stderr
     return map(int, done.stdout.split())
 

@@ -5,13 +5,9 @@ D terms: a relative error of at most D 2^-24 of the sum of magnitudes; results s
 rounding more, 2^-11 of the value. `test_twins_can_differ` shows that one wrong code is outside.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import ROOT, python
 
 pytest.importorskip("triton", reason="needs triton")
 from llama.buffers import attend_buffers, linear_buffers, quant_buffers  # noqa: E402
@@ -67,9 +63,8 @@ def check_linear(B, D, N, then, norm=None):
     ours = random(B, n) if then == "add" else poisoned(B, n)
     theirs = ours.clone()
     parts = linear_buffers(n, x.device)
-    if then != "add":  # the counts must be ready for the next time
+    for _ in range(1 if then == "add" else 2):  # the counts must be ready for the next time
         few_rows.linear(x, (CB, SCB), ours, then, parts, norm)
-    few_rows.linear(x, (CB, SCB), ours, then, parts, norm)
     few_rows.linear_torch(x, (CB, SCB), theirs, then, norm=norm)
     half = norm is not None and B == 1  # what is normalized is rounded to fp16
     if then == "swiglu":
@@ -82,21 +77,16 @@ def check_linear(B, D, N, then, norm=None):
 
 
 def norm_of(D):
-    return random(D, dtype=torch.float16), 1e-5
+    return random(D, dtype=torch.float16), 50.0  # an epsilon that shows in what is 30 times random
 
 
-@pytest.mark.parametrize("B", [1, 5, 32, 33])
+@pytest.mark.parametrize("B, norm", [(1, False), (5, False), (33, False), (1, True), (5, True)])
 @pytest.mark.parametrize("then", ["store", "add", "swiglu"])
 @pytest.mark.parametrize("D, N", SHAPES)
-def test_linear(B, D, N, then):
-    check_linear(B, D, N - N % 2 if then == "swiglu" else N, then)
-
-
-@pytest.mark.parametrize("B", [1, 5])
-@pytest.mark.parametrize("then", ["store", "swiglu"])
-@pytest.mark.parametrize("D, N", SHAPES)
-def test_linear_of_what_is_normalized(B, D, N, then):
-    check_linear(B, D, N - N % 2 if then == "swiglu" else N, then, norm_of(D))
+def test_linear(B, D, N, then, norm):
+    """33 rows go as 32 and as a single one."""
+    N -= N % 2 if then == "swiglu" else 0
+    check_linear(B, D, N, then, norm_of(D) if norm else None)
 
 
 @pytest.mark.cuda
@@ -143,6 +133,11 @@ def test_split(B, D, norm):
     assert (off <= scales * few_rows.DIGITS / 64_000).all()
 
 
+def rotation_of(T, K):
+    angles = torch.outer(torch.arange(T), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
 def check_attend(positions, S, H, Hkv, K):
     B = len(positions)
     qkv = random(B, (H + 2 * Hkv) * K)
@@ -151,8 +146,7 @@ def check_attend(positions, S, H, Hkv, K):
         for cache in caches:
             cache[b, position:] = torch.nan
     twins = [cache.clone() for cache in caches]
-    angles = torch.outer(torch.arange(S), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
-    rotation = torch.stack([angles.cos(), angles.sin()], -1)
+    rotation = rotation_of(S, K)
     positions = torch.tensor(positions, device=DEVICE)
     splits = attend_buffers(B, H, K, qkv.device)
     ours, theirs = (poisoned(B, H * K, dtype=torch.float16) for _ in range(2))
@@ -200,7 +194,7 @@ def rows(M, D, before, outliers):
 def check_llm_int8(M, D, N, before, outliers, then):
     (x, weight), (CB, SCB) = rows(M, D, before, outliers), matrix(D, N)
     room, their_room = (quant_buffers(M, D, x.device) for _ in range(2))
-    norm = (weight, 1e-5) if before == "rms_norm" else None
+    norm = (weight, 0.1) if before == "rms_norm" else None
     CA, SCA, kept = llm_int8.vectorwise_quant(x, 6.0, room, before, norm)
     llm_int8.vectorwise_quant_torch(x, 6.0, their_room, before, norm)
     A = x if before == "nothing" else room[0]
@@ -257,17 +251,21 @@ def test_llm_int8_twins_can_differ():
     assert ((ours - theirs).abs() > bound)[4].any()
 
 
+def product(x, CB, SCB):
+    out = torch.zeros(len(x), len(CB), device=DEVICE)
+    codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(*x.shape, x.device))
+    llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
+    return out
+
+
 def test_tokens_do_not_depend_on_later_ones():
     """A later outlier lengthens the list, which changes the order of float32 sums alone; kept
     apart in all rows, its column would lose its rounding error of 1 / 254 of the row's scale."""
-    (x, _), (CB, SCB) = rows(9, 300, "nothing", 4), matrix(300, 90)
+    (x, _), weights = rows(9, 300, "nothing", 4), matrix(300, 90)
     results = []
     for value in (1, 1000):
         x[-1, 5] = value
-        out = torch.zeros(9, 90, device=DEVICE)
-        codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
-        llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
-        results.append(out)
+        results.append(product(x, *weights))
     assert torch.allclose(results[0][:-1], results[1][:-1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(results[0][-1], results[1][-1], rtol=1e-1)
 
@@ -276,10 +274,7 @@ def test_tokens_do_not_depend_on_later_ones():
 def test_what_is_not_finite_stays_so_in_its_row(value):
     (x, _), (CB, SCB) = rows(9, 300, "nothing", 4), matrix(300, 90)
     x[3, 7] = value
-    out = torch.zeros(9, 90, device=DEVICE)
-    codes = llm_int8.vectorwise_quant(x, 6.0, quant_buffers(9, 300, x.device))
-    llm_int8.mixed_scaled_mm(*codes, (CB, SCB), out, "add")
-    finite = out.isfinite()
+    finite = product(x, CB, SCB).isfinite()
     assert not finite[3, SCB > 0].any() and finite[:3].all() and finite[4:].all()
 
 
@@ -314,8 +309,7 @@ def test_rotate(T, H, Hkv, K):
     qkv = random(T, (H + 2 * Hkv) * K, dtype=torch.float16)
     caches = [poisoned(T + 3, Hkv, K, dtype=torch.float16) for _ in range(2)]
     twins, twin_qkv = [cache.clone() for cache in caches], qkv.clone()
-    angles = torch.outer(torch.arange(T + 9), 0.01 ** torch.linspace(0, 1, K // 2)).to(DEVICE)
-    rotation = torch.stack([angles.cos(), angles.sin()], -1)
+    rotation = rotation_of(T + 9, K)
     rotary.rotate(qkv, *caches, rotation)
     rotary.rotate_torch(twin_qkv, *twins, rotation)
     for ours, theirs in zip((qkv, *caches), (twin_qkv, *twins)):
@@ -324,9 +318,6 @@ def test_rotate(T, H, Hkv, K):
 
 @pytest.mark.slow
 def test_kernels_compile_for_other_gpus(tmp_path):
-    script = Path(__file__).with_name("compile_kernels.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = str(script.parents[1])
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = python(ROOT / "tests" / "compile_kernels.py", **environment)
     assert done.returncode == 0, done.stdout + done.stderr

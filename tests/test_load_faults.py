@@ -3,11 +3,13 @@ process works on, even while a notebook keeps the error."""
 
 import errno
 import gc
+import os
 import weakref
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from conftest import DEVICES
 from test_checkpoint import logits
 
 from llama import LLaMA, checkpoint, shards
@@ -18,7 +20,7 @@ def count_tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.fixture(params=DEVICES)
 def fails(make_folder, monkeypatch, request):
     """fails(kind, message, happen): a load during which happen(folder) is called fails so."""
 
@@ -46,12 +48,8 @@ def fails(make_folder, monkeypatch, request):
 
 
 def test_shard_cut_short(fails):
-    def cut(folder):
-        path = folder / "consolidated.01.pth"
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size // 2)
-
-    fails(OSError, r"consolidated.01.pth could not be read \(it ends too early", cut)
+    message = r"consolidated.01.pth could not be read \(it ends too early"
+    fails(OSError, message, lambda folder: os.truncate(folder / "consolidated.01.pth", 100_000))
 
 
 def test_shard_removed(fails):
@@ -60,45 +58,36 @@ def test_shard_removed(fails):
 
 
 def test_read_error(fails):
-    def broken(path, *_, **__):
-        raise OSError(errno.EIO, "Input/output error")
-
     def happen(folder):
+        broken = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
         fails.patch.setattr(shards, "open", broken, raising=False)
 
     fails(OSError, r"consolidated.0\d.pth could not be read \(Input/output error\)", happen)
 
 
-def test_ctrl_c(fails):
-    calls = []
+def at_the_fifth_call(fails, name, error):
+    """What happens: this function of checkpoint raises then."""
+    function, calls = getattr(checkpoint, name), []
 
-    def interrupt():
+    def some(*arguments):
         calls.append(1)
         if len(calls) == 5:
-            raise KeyboardInterrupt
-        return 0
+            raise error
+        return function(*arguments)
 
-    def happen(folder):
-        fails.patch.setattr(checkpoint, "anonymous_bytes", interrupt)
+    return lambda folder: fails.patch.setattr(checkpoint, name, some)
 
-    folder = fails(KeyboardInterrupt, None, happen)
+
+def test_ctrl_c(fails):
+    interrupt = at_the_fifth_call(fails, "anonymous_bytes", KeyboardInterrupt())
+    folder = fails(KeyboardInterrupt, None, interrupt)
     assert logits(folder).isfinite().all()
 
 
 def test_gpu_out_of_memory(fails):
-    calls = []
-    allocate = checkpoint.allocate
-
-    def some(group, device):
-        calls.append(1)
-        if len(calls) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-        allocate(group, device)
-
-    def happen(folder):
-        fails.patch.setattr(checkpoint, "allocate", some)
-
-    fails(MemoryError, "ran out of memory while the model was loaded", happen)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+    full = at_the_fifth_call(fails, "allocate", error)
+    fails(MemoryError, "ran out of memory while the model was loaded", full)
 
 
 def test_an_error_that_was_there_before_keeps_its_frames():
@@ -124,12 +113,9 @@ def test_matrices_stored_otherwise(make_folder):
     expected = logits(folder)
     path = folder / "consolidated.00.pth"
     shard = torch.load(path)
-    for name, axis in {
-        "layers.0.attention.wk.weight": 0,
-        "layers.1.feed_forward.w2.weight": 1,
-    }.items():
-        turned = shard[name].T.contiguous().T
-        shard[name] = turned if axis == 0 else torch.cat([turned, turned], 1)[:, : turned.shape[1]]
-        assert not shard[name].is_contiguous()
+    wk, w2 = "layers.0.attention.wk.weight", "layers.1.feed_forward.w2.weight"
+    shard[wk] = shard[wk].T.contiguous().T
+    shard[w2] = torch.cat([shard[w2], shard[w2]], 1)[:, : shard[w2].shape[1]]
+    assert not shard[wk].is_contiguous() and not shard[w2].is_contiguous()
     torch.save(shard, path)
     assert torch.equal(logits(folder), expected)

@@ -2,6 +2,7 @@
 with threads that call it at once."""
 
 import gc
+import itertools
 import os
 import random
 import signal
@@ -13,8 +14,10 @@ import time
 import pytest
 import soak
 import torch
+from conftest import DEVICES
 
 from llama import LLaMA, generation
+from llama.device import use_cores
 from llama.model import KVCache
 
 pytestmark = pytest.mark.slow
@@ -66,7 +69,7 @@ print("usable")
 """
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_ctrl_c_at_50_moments_leaves_a_model_usable(make_folder, device):
     """Real signals to a real process; the memory of the call is free though the error is kept. On
     CUDA they come while a graph is captured, too."""
@@ -87,35 +90,21 @@ def test_ctrl_c_at_50_moments_leaves_a_model_usable(make_folder, device):
         assert process.wait(30) == 0
 
 
-def fails_at(step, model, error):
-    """The model's forward from now on: raises at this step, works again after."""
-    forward, steps = model.forward, []
-
-    def failing(*args):
-        steps.append(1)
-        if len(steps) == step:
-            raise error
-        return forward(*args)
-
-    return failing
-
-
 @pytest.mark.parametrize("step", [1, 2, 8])
 def test_out_of_memory_names_the_flags_and_a_smaller_call_works(demo, monkeypatch, step):
     expected = demo.generate(PROMPTS[:1], 8, seed=1)
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-    monkeypatch.setattr(demo.model, "forward", fails_at(step, demo.model, error))
+    forward, steps = demo.model.forward, itertools.count(1)
+
+    def failing(*args):
+        if next(steps) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return forward(*args)
+
+    monkeypatch.setattr(demo.model, "forward", failing)
     with pytest.raises(MemoryError, match="fewer prompts .*--max_batch_size.* --max_gen_len"):
         demo.generate(PROMPTS, 20)
     assert sys.exc_info()[0] is None and caches() == 0  # though a notebook keeps the error
     assert demo.generate(PROMPTS[:1], 8, seed=1) == expected
-
-
-def test_what_an_interrupted_call_took_is_free_while_the_error_is_kept(demo, monkeypatch):
-    monkeypatch.setattr(demo.model, "forward", fails_at(3, demo.model, KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt) as caught:
-        list(demo.stream(PROMPTS[0], 20))
-    assert caught.value.__traceback__ and caches() == 0
 
 
 @pytest.mark.cuda
@@ -135,9 +124,6 @@ def test_a_gpu_that_is_full_names_the_flags_and_a_smaller_call_works(monkeypatch
         assert llm.generate(PROMPTS[:1], 8, seed=1) == expected
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -235,7 +221,7 @@ def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
     assert len(set(order)) == 3 and changes > 3  # 46 to 71 were seen, of 92
 
 
-def test_loading_in_two_threads_changes_no_ones_thread_count():
+def test_loading_in_two_threads_changes_no_ones_thread_count(set_threads):
     """Nor that of a thread that begins meanwhile, of one that begins later, or the callers'."""
     counts, loaded = set(), threading.Event()
 
@@ -243,8 +229,7 @@ def test_loading_in_two_threads_changes_no_ones_thread_count():
         while not loaded.is_set():
             in_threads(lambda _: counts.add(torch.get_num_threads()), 1)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    set_threads(3)
     looking = threading.Thread(target=look_again_and_again)
     looking.start()
     try:
@@ -253,17 +238,10 @@ def test_loading_in_two_threads_changes_no_ones_thread_count():
     finally:
         loaded.set()
         looking.join()
-        torch.set_num_threads(before)
     assert counts == {3}
 
 
-def test_a_loaders_thread_works_on_one_core():
-    from llama.device import use_cores
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert in_threads(lambda _: use_cores(1) and torch.get_num_threads(), 2) == [1, 1]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+def test_a_loaders_thread_works_on_one_core(set_threads):
+    set_threads(3)
+    assert in_threads(lambda _: use_cores(1) and torch.get_num_threads(), 2) == [1, 1]
+    assert torch.get_num_threads() == 3

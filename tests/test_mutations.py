@@ -11,36 +11,22 @@ import zipfile
 import faults
 import pytest
 import torch
-from checkpoints import random_weights, tiny_params, write_checkpoint
-from conftest import DEMO, vocab_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_faults import OURS, Trial
+from test_faults import OURS, trials, write_good
 
-from llama import quantize
 from llama.shards import open_shard
 
 pytestmark = pytest.mark.slow
 
-
 EXAMPLES = 120  # of each file
-FILES = {
-    "params.json": "half",
-    "tokenizer.model": "half",
-    "consolidated.00.pth": "half",
-    "consolidated.01.pth": "int8",
-}
+FILES = dict.fromkeys(["params.json", "tokenizer.model", "consolidated.00.pth"], "shards")
+FILES["consolidated.01.pth"] = "int8"
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The folders "half" of one shard, and "int8"."""
-    params = tiny_params(n_layers=1)
-    weights = random_weights(params, vocab_size=vocab_size())
-    half = write_checkpoint(tmp_path_factory.mktemp("good") / "half", params, weights, 1)
-    shutil.copy(DEMO / "tokenizer.model", half)
-    quantize.main(str(half), str(half.with_name("int8")))
-    return half.parent
+    return write_good(tmp_path_factory.mktemp("good"), 1, n_layers=1)
 
 
 def placed(path):
@@ -95,7 +81,6 @@ def test_random_changes(file, good, tmp_path):
     folder, use_int8 = shutil.copytree(good / form, tmp_path / form), form == "int8"
     content = (folder / file).read_bytes()
     places = {path.name: placed(path) for path in folder.glob("*.pth")}
-    trial = Trial()
 
     @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
     @given(st.lists(changes(content, stretches(folder / file)), min_size=1, max_size=3))
@@ -104,7 +89,7 @@ def test_random_changes(file, good, tmp_path):
         for change in some:
             spoilt = changed(spoilt, change)
         (folder / file).write_bytes(spoilt)
-        found = trial(folder, use_int8)
+        found = load(folder, use_int8)
         assert found["seconds"] < faults.SECONDS and found["MiB"] < faults.MIB
         if found["kind"] is not None:
             assert found["kind"] in OURS and found["message"].isprintable(), found
@@ -115,7 +100,5 @@ def test_random_changes(file, good, tmp_path):
         assert all(x.isfinite().all() for x in expected.values())
         assert found["digest"] == faults.digest(expected)
 
-    try:
+    with trials() as load:
         check()
-    finally:
-        trial.end()

@@ -40,10 +40,8 @@ CELLS = [
     """
     llm.generate(["The king"], 0)
     """,
-    """
-    llm.generate(["The king"], 8, seed=1)
-    """,
 ]
+CELLS.append(CELLS[1])
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +64,14 @@ def test_progress_bar_is_text(said):
     assert "False" in said[0] and "Warning" not in said[0]
 
 
-def test_it_talks(said):
+def test_it_talks_and_goes_on_after_an_exception(said):
     king, fox = re.findall(r"'(.*?)'", said[1])
     assert "The king" + said[2] == king and fox.startswith("A fox")
     assert said[3] == "[3, 0]"
+    assert said[5].startswith("max_gen_len is 0, expected a whole number")
+    assert said[6] == said[1]
 
 
 def test_memory_of_the_first_model_is_given_back(said):
     """31 MB of float32 weights would be there twice."""
     assert int(re.search(r"(-?\d+) bytes more than before", said[4])[1]) < 5e6
-
-
-def test_an_exception_leaves_a_usable_kernel(said):
-    assert said[5].startswith("max_gen_len is 0, expected a whole number")
-    assert said[6].startswith("['The king")

@@ -1,30 +1,20 @@
 """Builds the package without a network and runs it from an empty folder."""
 
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, python
 
 import llama
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 LOCAL = {".git", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".venv"}
 
 
 def run(*command, cwd, site=""):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(site)},
-    )
+    done = python(*command, cwd=cwd, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

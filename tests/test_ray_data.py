@@ -1,20 +1,15 @@
 """The script for many GPUs, with two models on the CPU."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, python
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="runs Ray Data, which is not installed")
 
 import ray_data  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_every_prompt_is_continued_once(tmp_path, make_folder):
@@ -26,14 +21,7 @@ def test_every_prompt_is_continued_once(tmp_path, make_folder):
     prompts = [f"Once upon a time {i}" for i in range(20)]
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = python(*command, RAY_USAGE_STATS_ENABLED="0")
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
     files = (tmp_path / "results").glob("*.json")

@@ -6,16 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import random_model
-from test_example import run
+from conftest import ROOT
 from test_main import flags_of
 
 from llama import LLaMA
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line
@@ -43,51 +41,49 @@ def test_every_command_is_known():
     assert "grep '^pip install' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def shell(command, cwd):
-    command = command.replace("python ", f"{sys.executable} ")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, cwd=cwd, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(run_command):
+    """run(line) -> what it prints"""
+
+    def printed(line):
+        python, *options = shlex.split(line)
+        command = options.pop(1) if options[0] == "-m" else ROOT / options[0]
+        status, out, err = run_command(command, *options[1:])
+        assert status == 0 and "warning" not in err.lower(), err
+        return out
+
+    return printed
 
 
-def test_commands_with_prompts(tmp_path):
-    king = shell(COMMANDS[1], tmp_path)
+def test_commands_with_prompts(run, tmp_path):
+    king = run(COMMANDS[1])
     assert king.startswith("The king") and king.endswith("\n") and "." not in king
-    shell(COMMANDS[2].replace("--json", "--max_gen_len 5 --json"), tmp_path)
+    line = COMMANDS[2].replace("python ", f"{sys.executable} ")
+    line = line.replace("--json", "--max_gen_len 5 --json")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path, env=environment)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
     assert [result["prompt"] for result in results] == ["The king", "The fox"]
     assert all(len(result["logprobs"]) == 5 for result in results)
 
 
-def test_comparison_runs(tmp_path):
+def test_comparison_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a picture goes there
     command = re.search(r"`(python -m llama.perplexity) .*?`", README)[1]
-    said = shell(f"{command} --text {ROOT / 'LICENSE'} --windows 2 --window 64", tmp_path)
+    said = run(f"{command} --text {ROOT / 'LICENSE'} --windows 2 --window 64 --device cpu")
     assert re.findall(r"^\| (\w+) \| \d+\.\d+ \[", said, re.M) == ["float32", "int8"]
 
 
-def test_commands_with_metas_weights(make_folder):
+def test_commands_with_metas_weights(run, make_folder):
     folder, _, _ = make_folder(2, name="13B")
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    printed = []
-    for command in COMMANDS[6:9]:
-        script, *arguments = shlex.split(command.replace("/w/", f"{folder.parent}/"))[1:]
-        done = run(*arguments, script=script)
-        assert done.returncode == 0, done.stderr
-        assert "Warning" not in done.stderr
-        printed.append(done.stdout)
-    memory, example, quantize = printed
+    memory, example, quantize = (
+        run(command.replace("/w/", f"{folder.parent}/")) for command in COMMANDS[6:9]
+    )
     assert memory.startswith("13B, 1 sequence of 2048 tokens, in GiB\n")
     assert example.startswith("Once upon a time")
     assert quantize == ""
     assert (folder.parent / "13B_int8" / "tokenizer.model").is_file()
-
-
-def test_the_story_is_the_one_that_seed_1_tells():
-    story = re.search(r"`(Once upon .*) \.\.\.`", README)[1]
-    assert run("--seed=1", "--max_gen_len=40").stdout.startswith(story)
 
 
 def test_notebook_code(make_folder, capsys):
@@ -108,10 +104,10 @@ def test_random_model_is_a_model(tmp_path, monkeypatch, int8):
     assert llm.generate(["Once upon"], 5)[0].startswith("Once upon")
 
 
-def test_options_table_equals_the_help():
+def test_options_table_equals_the_help(run):
     """Flags that are shown in a command need no row."""
     rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\| (.*) \|$", README, re.M)
-    flags = flags_of(shell("python -m llama --help", ROOT))
+    flags = flags_of(run("python -m llama --help"))
     shown = {"None": "", "()": "", "'triton'": "triton"}
     help_rows = [(name, shown.get(default, default), s) for name, (default, s) in flags.items()]
     assert set(rows) <= set(help_rows)

@@ -21,8 +21,7 @@ def draw(logits, temperature=1.0, top_p=1.0, n=10_000, **cuts):
     return torch.bincount(tokens, minlength=logits.shape[-1]) / n
 
 
-def test_whole_distribution():
-    assert torch.allclose(draw(PROBABILITIES.log()), PROBABILITIES, atol=3e-4)
+def test_a_slightly_different_distribution_is_seen():
     assert not torch.allclose(draw(1.01 * PROBABILITIES.log()), PROBABILITIES, atol=3e-4)
 
 
@@ -32,18 +31,14 @@ def test_temperature_sharpens():
 
 
 @pytest.mark.parametrize(
-    "top_p, kept", [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.8, [1, 3, 4])]
-)
-def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
-    expected = torch.zeros(5)
-    expected[kept] = PROBABILITIES[kept]
-    expected /= expected.sum()
-    assert torch.allclose(draw(PROBABILITIES.log(), top_p=top_p), expected, atol=3e-4)
-
-
-@pytest.mark.parametrize(
     "cuts, kept",
     [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.01}, [1]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.41}, [1, 3]),
+        ({"top_p": 0.69}, [1, 3]),
+        ({"top_p": 0.8}, [1, 3, 4]),
         ({"top_k": 1}, [1]),
         ({"top_k": 3}, [1, 3, 4]),
         ({"top_k": 9}, [0, 1, 2, 3, 4]),
@@ -56,7 +51,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
     ],
     ids=str,
 )
-def test_top_k_and_min_p_keep_what_their_formulas_say(cuts, kept):
+def test_cuts_keep_what_their_formulas_say(cuts, kept):
     expected = torch.zeros(5)
     expected[kept] = PROBABILITIES[kept]
     assert torch.allclose(draw(PROBABILITIES.log(), **cuts), expected / expected.sum(), atol=3e-4)
@@ -71,7 +66,7 @@ def test_min_p_is_of_the_probabilities_after_temperature():
 
 def test_temperature_0_and_nearly_0_are_greedy():
     logits = torch.tensor([[1.0, 5.0, 2.0], [300.0, -400.0, 299.0]])
-    for temperature in (0, 1e-30):
+    for temperature in (0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-20):  # float32 takes some for 0
         settings = Settings(temperature=temperature, top_p=0.9)
         assert sample(logits, torch.tensor([0.999, 0.5]), settings).tolist() == [1, 0]
 
@@ -90,14 +85,6 @@ def test_rows_that_are_not_finite_are_marked_alone(bad):
     for temperature in (0, 0.8):
         tokens = sample(logits, torch.full((3,), 0.5), Settings(temperature=temperature))
         assert tokens[1] == NOT_FINITE and (tokens[[0, 2]] >= 0).all()
-
-
-def test_a_row_does_not_depend_on_its_company():
-    logits, uniform = torch.randn(8, 100), torch.rand(8)
-    settings = Settings(temperature=0.8, top_p=0.9)
-    together = sample(logits, uniform, settings)
-    for row in range(8):
-        assert sample(logits[row : row + 1], uniform[row : row + 1], settings) == together[row]
 
 
 def slow_penalty(logits, history, penalty, window, slope):

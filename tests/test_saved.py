@@ -12,12 +12,10 @@ import warnings
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, ROOT, python
 from test_checkpoint import logits
 
 from llama import LLaMA, checkpoint, quantize
-
-COMMAND = [sys.executable, "-m", "llama.quantize", "--ckpt_dir"]
 
 
 def save(folder, **options):
@@ -40,14 +38,12 @@ def test_same_logits_bit_for_bit(make_folder, n_shards, dtype):
 
 
 def test_it_tells_the_same_story_in_less_than_two_thirds_of_the_bytes(tmp_path, demo):
-    quantize.main(str(DEMO), str(tmp_path / "new" / "demo_int8"))
-    again = LLaMA.build(tmp_path / "new" / "demo_int8", device="cpu")
+    out = tmp_path / "new" / "demo_int8"
+    quantize.main(str(DEMO), str(out))
+    again = LLaMA.build(out, device="cpu")
     assert again.generate(["The king"], 20, seed=3) == demo.generate(["The king"], 20, seed=3)
-    assert bytes_of(tmp_path / "new" / "demo_int8") < bytes_of(DEMO) * 2 / 3
-
-
-def bytes_of(folder):
-    return sum(path.stat().st_size for path in folder.glob("*.pth"))
+    ours, whole = (sum(p.stat().st_size for p in f.glob("*.pth")) for f in (out, DEMO))
+    assert ours < whole * 2 / 3
 
 
 def test_names_are_those_of_bitsandbytes(make_folder):
@@ -74,19 +70,15 @@ def test_the_tokenizer_comes_along(make_folder, tmp_path):
     assert (out / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
 
 
-def test_fp16_cannot_come_back(make_folder):
-    out = save(make_folder()[0])
-    with pytest.raises(ValueError, match="tiny_int8 holds int8 weights, which do not"):
-        LLaMA.build(out, device="cpu", use_int8=False)
-
-
-def test_what_is_refused_before_anything_is_written(make_folder, monkeypatch):
+def test_what_is_refused(make_folder, monkeypatch):
     folder, _, _ = make_folder()
     out = save(folder)
     with pytest.raises(FileExistsError, match="tiny_int8 is there already: pass an --out_dir"):
         save(folder)
     with pytest.raises(ValueError, match="tiny_int8 holds int8 weights already"):
         save(out)
+    with pytest.raises(ValueError, match="tiny_int8 holds int8 weights, which do not"):
+        LLaMA.build(out, device="cpu", use_int8=False)
     shutil.rmtree(out)
     free = shutil.disk_usage(folder)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
@@ -100,10 +92,8 @@ def test_disk_full(make_folder):
     folder, _, _ = make_folder()
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))\n"
     code += "from llama.cli import run; from llama.quantize import main; run(main)"
-    command = [sys.executable, "-c", code, f"--ckpt_dir={folder}", f"--out_dir={folder}_int8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=DEMO.parents[1])
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    done = python("-c", code, f"--ckpt_dir={folder}", f"--out_dir={folder}_int8")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     error = done.stderr.splitlines()[-1]
     assert error.startswith(f"error: {unfinished(folder)}/consolidated.0"), error
     assert "could not be written" in error and "File too large" in error
@@ -130,7 +120,7 @@ def test_a_killed_process_leaves_no_model(make_folder):
     code += "def slow(*a): write(*a); time.sleep(60)\n"
     code += "checkpoint.write = slow\nquantize.main(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(folder), f"{folder}_int8"]
-    process = subprocess.Popen(command, cwd=DEMO.parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     first = unfinished(folder) / "consolidated.00.pth"
     while not first.exists():
         assert process.poll() is None

@@ -9,15 +9,13 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from llama import LLaMA, Settings, __main__, cli, generation, quantize
-
-ROOT = Path(__file__).parents[1]
 
 RANGES = {
     "max_gen_len": (1, 2**31),
@@ -32,7 +30,6 @@ RANGES = {
 }
 WHOLE = {"max_gen_len", "repetition_penalty_range", "seed", "top_k"}
 LIMITS = {"max_seq_len": (1, 2**20), "max_batch_size": (1, 2**20)}
-TINY = 5e-324  # the smallest number above 0, which float32 takes for 0
 
 
 def ends():
@@ -67,18 +64,15 @@ def test_ends_of_a_range(name, value, demo):
 
 @pytest.mark.parametrize("name, value", list(beyond()), ids=str)
 def test_beyond_a_range(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is .*, expected a") as caught:
+    number = "a whole number" if name in WHOLE | LIMITS.keys() else "a number"
+    low, high = (RANGES | LIMITS)[name]
+    message = rf"^{name} is .*, expected {number}, from {low} to {re.escape(str(high))}$"
+    with pytest.raises(ValueError, match=message) as caught:
         if name in LIMITS:
             LLaMA.build(device="cpu", **{name: value})
         else:
             Settings(**{"max_gen_len": 3} | {name: value})
     assert "\n" not in str(caught.value)
-
-
-def test_the_smallest_temperatures_are_greedy(demo):
-    greedy = demo.generate(["The king"], 10, temperature=0)
-    for temperature in (TINY, 1e-46, 1e-38, 1e-20):
-        assert demo.generate(["The king"], 10, temperature=temperature, top_p=1, seed=1) == greedy
 
 
 PROMPTS = {
@@ -98,6 +92,7 @@ PROMPTS = {
     "ends in half a word": "Once upon a ti",
     "ends in a space": "Once upon a ",
     "a long word": "a" * 300,
+    "spaces within": "  Two  spaces \n\n\ttab \N{FOX FACE} ",
 }
 
 
@@ -121,14 +116,6 @@ def test_a_megabyte_is_too_long_and_said_to_be_so_at_once(prompt, demo):
     with pytest.raises(ValueError, match=r"^prompt 1 has \d+ tokens, max_seq_len is 512") as caught:
         demo.generate([prompt], 5)
     assert len(str(caught.value)) < 200 and time.perf_counter() - started < 5
-
-
-def test_a_long_prompt_may_fill_the_room_but_for_one_token(demo):
-    prompt = "a" * 700
-    while len(demo.tokenizer.encode(prompt, True, False)) > 511:
-        prompt = prompt[:-1]
-    *_, [row] = demo.steps([prompt], Settings(5, seed=1))
-    assert len(row.ids) == 512 - len(row.prompt_ids)
 
 
 @pytest.fixture
@@ -174,7 +161,7 @@ def test_errors_show_no_control_codes(run):
         lambda: default_dtype(torch.float16),
         pytest.param(lambda: default_dtype(torch.float64), marks=pytest.mark.slow),
         pytest.param(lambda: torch.device("meta"), marks=pytest.mark.slow),
-        pytest.param(torch.inference_mode, marks=pytest.mark.slow),
+        torch.inference_mode,
     ],
     ids=["autocast", "float16", "float64", "meta", "inference"],
 )
@@ -189,13 +176,11 @@ def test_results_do_not_depend_on_what_a_program_has_set(surroundings, demo, dem
     expected = results()
     with surroundings():
         assert results() == expected
+        llm = LLaMA.build(device="cpu")
         quantize.main(str(generation.DEMO), str(tmp_path / "int8"))
-    saved = torch.load(tmp_path / "int8" / "consolidated.01.pth")
-    kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in saved.items()}
-    assert (kinds["SCB"], saved["layers.0.attention.wq.weight"].dtype) == (
-        torch.float32,
-        torch.int8,
-    )
+    assert llm.generate(["The king"], **settings) == expected[0][0]
+    saved, wq = torch.load(tmp_path / "int8" / "consolidated.01.pth"), "layers.0.attention.wq"
+    assert saved[f"{wq}.SCB"].dtype == torch.float32 and saved[f"{wq}.weight"].dtype == torch.int8
 
 
 @contextlib.contextmanager
@@ -207,9 +192,10 @@ def default_dtype(dtype):
 
 
 def test_numbers_of_numpy_are_numbers(demo):
-    expected = demo.generate(["The king " * 60], 50, seed=3, temperature=0.5)
-    settings = {"max_gen_len": np.uint8(50), "seed": np.int64(3), "temperature": Fraction(1, 2)}
-    assert demo.generate(["The king " * 60], **settings) == expected
+    expected = demo.generate(["The king"], 50, seed=3, temperature=0.5)
+    settings = {"max_gen_len": np.uint8(50), "seed": np.int64(3)}
+    for half in (Fraction(1, 2), np.float64(0.5)):
+        assert demo.generate(["The king"], temperature=half, **settings) == expected
     llm = LLaMA.build(device="cpu", max_seq_len=np.int16(300), max_batch_size=np.uint8(4))
     assert llm.model.args.max_seq_len == 300 and llm.generate(["A"] * 3, 5)
 
