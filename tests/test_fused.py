@@ -97,9 +97,6 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatc
         assert (mine - other)[:, :, :8].float().std() < 1e-2 * other.float().std()
 
 
-
-
-
 def test_joined_layers_are_views_of_one_matrix():
     params = tiny_params(**SMALL)
     model = int8_model(params, random_weights(params, vocab_size=50))
