@@ -288,6 +288,30 @@ SHARDS = {
     "norm_eps negative": (params(norm_eps=-1e-5), "params.json: norm_eps is -1e-05"),
     "rope_theta zero": (params(rope_theta=0), "params.json: rope_theta is 0"),
     "multiple_of zero": (params(multiple_of=0), "params.json: multiple_of is 0"),
+    "rope scaled by a number": (
+        params(use_scaled_rope=1),
+        "use_scaled_rope is 1, expected true or",
+    ),
+    "a key unknown": (
+        params(moe_args={}),
+        "params.json has moe_args, as another model has: pass the",
+    ),
+    "a model of images": (
+        params(vision_chunk_size=448, vision_max_num_chunks=4),
+        "has vision_chunk_size, vision_max_num_chunks, as a model that sees images has: pass the",
+    ),
+    "a model with adapters": (
+        params(lora_args={"rank": 16}),
+        r"model with adapters \(LoRA\)",
+    ),
+    "a model that was quantized": (
+        params(quantization_args={"group_size": 32}, lora_args={"rank": 16}),
+        "has lora_args, quantization_args, as a model that Meta quantized has",
+    ),
+    "vocabulary of Llama 3": (
+        params(vocab_size=128256),
+        r"the tokenizer has 4096 pieces, params.json asks for 128256: pass the tokenizer.model",
+    ),
     "vocabulary another": (params(vocab_size=32000), "params.json asks for 32000"),
     "vocabulary negative": (params(vocab_size=-2), "params.json: vocab_size is -2"),
     "vocabulary text": (params(vocab_size="all"), "params.json: vocab_size is 'all'"),

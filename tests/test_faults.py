@@ -22,6 +22,8 @@ OURS = {"ValueError", "FileNotFoundError", "OSError", "MemoryError"}
 QUICK = {  # what users meet: tried in this process too, each time the tests run
     "shards": """folder above, folder absent, safetensors, GGUF, params a web page, params absent,
         dim text, dim absent, heads of keys 3 of 4, layers of terabytes, vocabulary another,
+        a key unknown, a model of images, a model with adapters, a model that was quantized,
+        rope scaled by a number, vocabulary of Llama 3,
         shard empty, shard a web page, shard a git-lfs pointer, shard a folder, shard cut to 0.5,
         shard by another name, shard less, shard first gone, shards all gone, one layer less,
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
