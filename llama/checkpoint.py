@@ -45,10 +45,6 @@ AHEAD = 4  # weights that load concurrently after the one that is waited for
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
 
-# The dimension on which the model-parallel shards of a weight (out, in) are joined. Norms are the
-# same in every shard. Embeddings are split along the model dimension up to Code Llama.
-JOIN_DIM = dict(wq=0, wk=0, wv=0, wo=1, w1=0, w2=1, w3=0, output=0, tok_embeddings=1)
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -179,7 +175,12 @@ def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
 def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
     """Each tensor of the model once, in its order; ValueError names the first that does not fit,
     and whatever is missing or left over. Two shards that changed places look right: only their md5
-    sums tell."""
+    sums tell. Llama 3.2's files have no output head: it is the embeddings again."""
+    tied = model.args.use_scaled_rope and not any("output.weight" in s for s in shards.values())
+    if tied and not holds_int8(shards):
+        for shard in shards.values():
+            if "tok_embeddings.weight" in shard:
+                shard["output.weight"] = shard["tok_embeddings.weight"]
     held = {file: list(shard) for file, shard in shards.items()}
     if holds_int8(shards):
         for group in model.linears():
@@ -196,7 +197,10 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
             )
     for name, tensor in expected.items():
         pieces = [shard[name] for shard in shards.values() if name in shard]
-        dim = JOIN_DIM.get(name.split(".")[-2]) if len(pieces) > 1 else None
+        # Model-parallel shards have a matrix's rows, all as wide as it is, or its columns (wo, w2,
+        # and embeddings up to Code Llama); norms are the same in every shard.
+        of_rows = pieces[0].shape[-1:] == tensor.shape[-1:]
+        dim = None if len(pieces) == 1 or tensor.dim() < 2 else 0 if of_rows else 1
         for piece in pieces:
             check_piece(name, piece, tensor, dim, len(pieces))
         if not name.endswith(".weight_format"):
@@ -216,12 +220,12 @@ def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: in
             f"{name} in {file} is {piece.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
             "Meta's original checkpoint, or what llama.quantize made of it"
         )
-    if name == "tok_embeddings.weight" and len(piece.shape) == 2 and piece.shape[0] != shape[0]:
+    together = tuple(n * of if i == dim else n for i, n in enumerate(piece.shape))
+    if name == "tok_embeddings.weight" and len(together) == 2 and shape[0] % (piece.shape[0] or 1):
         raise ValueError(
-            f"the weights have {piece.shape[0]!s:.60} tokens, the tokenizer {shape[0]}: "
+            f"the weights have {together[0]!s:.60} tokens, the tokenizer {shape[0]}: "
             "pass the tokenizer.model that came with these weights"
         )
-    together = tuple(n * of if i == dim else n for i, n in enumerate(piece.shape))
     if together != shape:
         count = math.prod(shape) / max(math.prod(piece.shape), 1)
         hint = f" (it is one of {count:.0f} shards)" if count in {*range(1, 65)} - {of} else ""

@@ -14,13 +14,20 @@ from llama.params import model_args, read_model
 from llama.room import GIB, free_bytes, need
 
 GROUPED = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "norm_eps": 1e-5}
-SIZES = {  # what params.json of LLaMA, Code Llama 34B and Llama 2 70B has besides norm_eps 1e-6
+OF_70B = {"n_layers": 80, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
+LLAMA_3 = GROUPED | {"vocab_size": 128256, "rope_theta": 5e5, "use_scaled_rope": True}
+SIZES = {  # what params.json of the models has besides norm_eps 1e-6 and a vocabulary of 32,000
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
     "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
     "34B": GROUPED | {"n_layers": 48, "rope_theta": 1e6},
     "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5},
-    "70B": GROUPED | {"n_layers": 80, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+    "70B": LLAMA_3 | OF_70B,
+    "2-70B": GROUPED | OF_70B,
+    "1B": LLAMA_3 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5},
+    "3B": LLAMA_3 | {"dim": 3072, "n_layers": 28, "n_heads": 24},
+    "8B": LLAMA_3
+    | {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3},
 }
 VOCABULARY = 32000
 CONTEXT = 0.5  # GiB that the driver counts for CUDA and its libraries before the first weight
@@ -30,7 +37,8 @@ def args_of(size: str, **limits: int) -> ModelArgs:
     """The arguments of Meta's model of this size; ValueError if there is none."""
     if size.upper() not in SIZES:
         raise ValueError(f"size is {size!r:.60}, expected one of {', '.join(SIZES)}")
-    return model_args({"norm_eps": 1e-6} | SIZES[size.upper()], VOCABULARY, **limits)
+    params = {"norm_eps": 1e-6, "vocab_size": VOCABULARY} | SIZES[size.upper()]
+    return model_args(params, params["vocab_size"], **limits)
 
 
 def main(
@@ -43,7 +51,8 @@ def main(
     """Estimates the GPU memory of a model.
 
     Args:
-        size: 7B, 13B, 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama) or 70B (Llama 2)
+        size: 7B, 13B, 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama), 2-70B (Llama 2), or 1B,
+            3B, 8B or 70B (Llama 3)
         ckpt_dir: a model folder instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         max_batch_size: sequences at once

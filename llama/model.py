@@ -1,5 +1,5 @@
 """LLaMA: the decoder-only Transformer of Touvron et al. 2023 (arXiv 2302.13971, section 2.2), with
-what Llama 2 and Code Llama added: grouped-query attention and another rope base.
+what its successors up to Llama 3.3 added: grouped-query attention, another rope base, scaled rope.
 
 Weights carry Meta's names and shapes. The class of the linear layers is an argument: `Int8Linear`
 stores them in 8 bits, `nn.Linear` gives the same model in floating point. Nothing here samples,
@@ -10,6 +10,7 @@ keys and values, K head dimension, D model dimension, V vocabulary.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.int8 import Int8Linear
+
+SHORT_CONTEXT = 8192  # tokens, which Llama 3 was trained with before its context was extended
 
 LayerCache = tuple[Tensor, Tensor] | None  # keys and values of one layer, each (B, S, Hkv, K)
 
@@ -34,6 +37,7 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None  # None: 1
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    use_scaled_rope: bool = False  # from Llama 3.1 on
 
     max_batch_size: int = 32
     max_seq_len: int = 512
@@ -45,6 +49,12 @@ class ModelArgs:
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def rope_factor(self) -> int:
+        """Of scaled rope. It is not in params.json: 32 for the two shapes of Llama 3.2, 1B and 3B,
+        else 8 (github.com/meta-llama/llama-models, issues 166 and 241)."""
+        return 32 if (self.dim, self.n_layers) in ((2048, 16), (3072, 28)) else 8
 
     @property
     def hidden_dim(self) -> int:
@@ -94,9 +104,20 @@ def rotation_table(args: ModelArgs, device: torch.device) -> Tensor:
     be off by 1e-4 at position 2,000."""
     pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device=device)
     frequencies = args.rope_theta ** (-pairs / args.head_dim)
+    if args.use_scaled_rope:
+        frequencies = scale(frequencies, args.rope_factor)
     positions = torch.arange(args.max_seq_len, dtype=torch.float64, device=device)
     angles = torch.outer(positions, frequencies)
     return torch.stack([angles.cos(), angles.sin()], -1).float()
+
+
+def scale(frequencies: Tensor, factor: float) -> Tensor:
+    """Divides by factor the frequencies that make less than one turn in the short context, leaves
+    those that make more than four, and goes from one to the other linearly in the number of turns
+    (apply_scaling in models/llama3/model.py of github.com/meta-llama/llama-models)."""
+    turns = SHORT_CONTEXT * frequencies / (2 * math.pi)
+    kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Reads what model a folder holds: `params.json` and the tokenizer, checked."""
 
 import json
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +12,12 @@ from llama.tokenizer import Tokenizer, read_bytes
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
 LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
 OTHER_FORMATS = {".safetensors": "safetensors, as Hugging Face has them", ".gguf": "a GGUF file"}
+# The keys of params.json that the models have which this program does not run.
+OTHER_MODELS = {
+    "vision_": "a model that sees images",
+    "quantization_args": "a model that Meta quantized",
+    "lora_args": "a model with adapters (LoRA)",
+}
 RANGES = {
     "dim": (int, 1, 2**17),
     "n_layers": (int, 1, 1000),
@@ -81,17 +86,26 @@ def what_it_is(path: Path) -> str:
 
 
 def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
-    """ValueError for what is missing or no LLaMA can have, a warning for keys it does not know."""
-    known = {field.name for field in fields(ModelArgs)} - LIMITS.keys()
-    if unknown := sorted(set(params) - known):
-        warnings.warn(f"params.json: unknown keys are ignored: {some_of(unknown)}", stacklevel=4)
+    """ValueError for what is missing, what no LLaMA can have, and what it does not know: that may
+    change the result. Not so the limits of a session, which some files have: they are ours."""
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
-    args = ModelArgs(**{key: value for key, value in params.items() if key in known})
+    known = {field.name for field in fields(ModelArgs)}
+    if unknown := sorted(params.keys() - known):
+        kinds = (kind for key, kind in OTHER_MODELS.items() if key in " ".join(unknown))
+        raise ValueError(
+            f"params.json has {some_of(unknown)}, as {next(kinds, 'another model')} has: pass the "
+            "folder of a LLaMA 1, 2 or 3 for text, in fp16 or bf16"
+        )
+    args = ModelArgs(**{key: value for key, value in params.items() if key not in LIMITS})
     try:
         check_fields(args, **RANGES)
         check_fields(args, n_kv_heads=(int, 1, args.n_heads))
+        if not isinstance(args.use_scaled_rope, bool):
+            raise ValueError(
+                f"use_scaled_rope is {args.use_scaled_rope!r:.60}, expected true or false"
+            )
         if args.dim % (2 * args.n_heads) or args.n_heads % args.kv_heads:
             raise ValueError(
                 f"dim is {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads}: expected "

@@ -2,7 +2,7 @@
 
 The idea: weights are made whole, so that a test can hand them to the oracle, and `write_checkpoint`
 cuts them into model-parallel shards, so that a loader has to put them together again.
-Limits: no Llama 3 (it cuts its embeddings along the vocabulary), no tokenizer, no checklist.
+Limits: no tokenizer, no checklist.
 """
 
 import json
@@ -73,8 +73,11 @@ def one_storage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: part.view(tensors[k].shape) for k, part in zip(tensors, parts, strict=True)}
 
 
-def write_checkpoint(folder, params: dict, weights: dict[str, torch.Tensor], n_shards: int) -> Path:
+def write_checkpoint(
+    folder, params: dict, weights: dict[str, torch.Tensor], n_shards: int, embeddings_on: int = 1
+) -> Path:
     """Writes params.json and consolidated.NN.pth into `folder`, made if need be; returns its path.
+    Llama 3 has its embeddings joined on 0, along the vocabulary.
 
     As in the real files, a layer's tensors share one storage and rotary frequencies that nobody
     needs are in every shard. So is, whole, any weight of a name unknown here: loaders refuse those.
@@ -86,11 +89,12 @@ def write_checkpoint(folder, params: dict, weights: dict[str, torch.Tensor], n_s
     freqs = params.get("rope_theta", 1e4) ** -(torch.arange(0, head_dim, 2) / head_dim)
     freqs = freqs.to(next(iter(weights.values())).dtype)
     inner = [f"layers.{n}.attention.inner_attention.rope" for n in range(params["n_layers"])]
+    joined_on = JOINED_ON | {"tok_embeddings": embeddings_on}
     everything = weights | {f"{name}.freqs": freqs for name in ("rope", *inner)}
     for rank in range(n_shards):
         groups = {}  # "layers.N", or the name of a tensor outside the layers -> shares a storage
         for name, x in everything.items():
-            dim = JOINED_ON.get(name.split(".")[-2])
+            dim = joined_on.get(name.split(".")[-2])
             if dim is not None:
                 assert x.shape[dim] % n_shards == 0, f"{name}: {list(x.shape)} into {n_shards}"
                 x = x.chunk(n_shards, dim)[rank]

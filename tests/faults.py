@@ -238,7 +238,23 @@ SHARDS = {
     "belong together: missing layers.2.* and 8979 more": {"1,000 layers": params(n_layers=1000)},
     "missing nothing, left over layers.1.": {"one layer less": params(n_layers=1)},
     "n_kv_heads to divide n_heads": {"heads of keys 3 of 4": params(n_kv_heads=3)},
+    "params.json has moe_args, as another model has: pass the": {
+        "a key unknown": params(moe_args={})
+    },
+    "has vision_chunk_size, vision_max_num_chunks, as a model that sees images has: pass the": {
+        "a model of images": params(vision_chunk_size=448, vision_max_num_chunks=4)
+    },
+    r"model with adapters \(LoRA\)": {"a model with adapters": params(lora_args={"rank": 16})},
+    "has lora_args, quantization_args, as a model that Meta quantized has": {
+        "a model that was quantized": params(quantization_args={"group_size": 32}, lora_args={})
+    },
+    "use_scaled_rope is 1, expected true or": {
+        "rope scaled by a number": params(use_scaled_rope=1)
+    },
     "params.json asks for 32000": {"vocabulary another": params(vocab_size=32000)},
+    r"the tokenizer has 4096 pieces, params.json asks for 128256: pass the tokenizer.model": {
+        "vocabulary of Llama 3": params(vocab_size=128256)
+    },
     "is of int8 format 'x+'?, this": {"format of int8 unknown": params(int8_format="x" * 10**4)},
     DAMAGED: {
         "shard empty": put(SHARD, ""),

@@ -3,9 +3,8 @@
 The idea: float64 numpy with loops over heads, no cache, no batch and nothing taken from `llama/`,
 so that a mistake has to be made twice, in two different forms, to stay hidden. LLaMA (2302.13971,
 section 2.2) is the decoder of 1706.03762 with RMSNorm before each sub-layer, SwiGLU and rotary
-embeddings; Llama 2 adds grouped-query attention.
-Limits: slow, and every weight is widened at each call: for dims in the hundreds. No Llama 3 scaling
-of rotary frequencies.
+embeddings; Llama 2 adds grouped-query attention, Llama 3.1 scaled rotary frequencies.
+Limits: slow, and every weight is widened at each call: for dims in the hundreds.
 """
 
 import numpy as np
@@ -21,16 +20,31 @@ def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * gain
 
 
-def rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """2104.09864, section 3.2.2: pair (x[2i], x[2i+1]) of row m turns by m * theta^(-2i/d)."""
+def frequency(i: int, d: int, params: dict) -> float:
+    """2104.09864, section 3.2.2: theta^(-2i/d) of pair i; with use_scaled_rope it depends on the
+    wavelength what becomes of it, with the constants of Llama 3.1, or 3.2 by its two shapes."""
+    f = params.get("rope_theta", 1e4) ** (-2 * i / d)
+    if not params.get("use_scaled_rope"):
+        return f
+    factor = {(2048, 16): 32, (3072, 28): 32}.get((params["dim"], params["n_layers"]), 8)
+    wavelength = 2 * np.pi / f
+    if wavelength > 8192:
+        return f / factor
+    if wavelength < 2048:
+        return f
+    s = (8192 / wavelength - 1) / 3
+    return (1 - s) * f / factor + s * f
+
+
+def rotate(x: np.ndarray, params: dict) -> np.ndarray:
+    """2104.09864, section 3.2.2: pair (x[2i], x[2i+1]) of row m turns by m times its frequency."""
     n_tokens, d = x.shape
     turned = np.empty_like(x)
-    for m in range(n_tokens):
-        for i in range(d // 2):
-            angle = m * theta ** (-2 * i / d)
-            a, b = x[m, 2 * i], x[m, 2 * i + 1]
-            turned[m, 2 * i] = a * np.cos(angle) - b * np.sin(angle)
-            turned[m, 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
+    for i in range(d // 2):
+        angle = np.arange(n_tokens) * frequency(i, d, params)
+        a, b = x[:, 2 * i], x[:, 2 * i + 1]
+        turned[:, 2 * i] = a * np.cos(angle) - b * np.sin(angle)
+        turned[:, 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
     return turned
 
 
@@ -46,7 +60,7 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def attention(x: np.ndarray, wq, wk, wv, wo, params: dict) -> np.ndarray:
     """2305.13245, section 2.2: neighbouring query heads share a key and value head. x (T, dim)."""
-    n_heads, theta = params["n_heads"], params.get("rope_theta", 1e4)
+    n_heads = params["n_heads"]
     n_kv_heads = params.get("n_kv_heads") or n_heads
     q = np.split(x @ wq.T, n_heads, axis=1)
     k = np.split(x @ wk.T, n_kv_heads, axis=1)
@@ -54,7 +68,7 @@ def attention(x: np.ndarray, wq, wk, wv, wo, params: dict) -> np.ndarray:
     heads = []
     for h in range(n_heads):
         g = h // (n_heads // n_kv_heads)
-        heads.append(attend(rotate(q[h], theta), rotate(k[g], theta), v[g]))
+        heads.append(attend(rotate(q[h], params), rotate(k[g], params), v[g]))
     return np.concatenate(heads, axis=1) @ wo.T
 
 

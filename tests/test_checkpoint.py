@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import tiny_params, write_checkpoint
 
-from llama import LLaMA, ModelArgs, Transformer, checkpoint, room
+from llama import LLaMA, ModelArgs, Transformer, checkpoint, quantize, room
 
 TOKENS = [1, 17, 30, 5, 5, 99, 2, 64, 31, 8, 77, 12, 50]
 
@@ -31,6 +31,43 @@ def test_int8_is_bit_for_bit_the_same_from_1_2_and_4_shards(make_folder):
     folders = [make_folder(n, outliers=(3,), name=f"mp{n}")[0] for n in (1, 2, 4)]
     one, two, four = map(logits, folders)
     assert torch.equal(one, two) and torch.equal(one, four)
+
+
+LLAMA_3 = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "rope_theta": 5e5, "use_scaled_rope": True}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("n_shards, embeddings_on", [(1, 0), (2, 0), (2, 1)])
+def test_llama_3(make_folder, n_shards, embeddings_on, tied):
+    """Embeddings split along the vocabulary, or, in nobody's files, as before; bf16; an output that
+    is the embeddings. The int8 form is that of bitsandbytes, and the same once it is saved."""
+    import bitsandbytes as bnb
+
+    folder, params, weights = make_folder(1, torch.bfloat16, **LLAMA_3)
+    if tied:
+        del weights["output.weight"]
+    write_checkpoint(folder, params, weights, n_shards, embeddings_on)
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    expected = torch.from_numpy(oracle.logits(weights, params, TOKENS)[-1])
+    error = (logits(folder, use_int8=False) - expected).abs().max()
+    assert error < 1e-5 * expected.abs().max()
+
+    quantize.main(str(folder), f"{folder}_int8")
+    for of in (folder, f"{folder}_int8"):
+        model = LLaMA.build(of, device="cpu").model
+        assert torch.equal(model.tok_embeddings.weight, weights["tok_embeddings.weight"].float())
+        for name in ("output", "layers.1.attention.wo", "layers.0.feed_forward.w1"):
+            theirs = bnb.nn.Int8Params(weights[f"{name}.weight"].clone(), requires_grad=False)
+            theirs, state = theirs.to("cpu"), model.get_submodule(name).state
+            assert torch.equal(state.CB, theirs.CB) and torch.equal(state.SCB, theirs.SCB), name
+
+
+def test_a_shard_of_llama_3_alone_is_not_taken_for_another_vocabulary(make_folder):
+    folder, params, weights = make_folder(1, torch.bfloat16, **LLAMA_3)
+    write_checkpoint(folder, params, weights, 2, embeddings_on=0)
+    (folder / "consolidated.01.pth").unlink()
+    with pytest.raises(ValueError, match=r"tok_embeddings.weight in .* \(it is one of 2 shards\)"):
+        logits(folder)
 
 
 def test_grouped_queries_from_two_shards(make_folder):
@@ -140,11 +177,12 @@ def test_kinds_of_params(make_folder, params):
     assert logits(folder).isfinite().all()
 
 
-def test_unknown_keys_are_named_in_a_warning(make_folder):
+def test_keys_of_a_session_are_ours(make_folder):
     folder, params, _ = make_folder()
-    (folder / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))
-    with pytest.warns(UserWarning, match="unknown keys are ignored: use_scaled_rope"):
-        logits(folder)
+    (folder / "params.json").write_text(
+        json.dumps(params | {"max_seq_len": 8, "max_batch_size": 0})
+    )
+    assert logits(folder).isfinite().all()
 
 
 def test_no_warning_for_a_good_folder(make_folder):

@@ -22,7 +22,8 @@ OURS = {"ValueError", "FileNotFoundError", "OSError", "MemoryError"}
 QUICK = {  # what users meet: tried in this process too, each time the tests run
     "shards": """folder above, folder absent, safetensors, GGUF, params a web page, params absent,
         dim is '64', dim absent, heads of keys 3 of 4, n_layers is 1000000000000, one layer less,
-        vocabulary another, shard empty, shard a web page, shard a git-lfs pointer, shard a folder,
+        vocabulary another, vocabulary of Llama 3, a key unknown, a model of images,
+        a model with adapters, a model that was quantized, rope scaled by a number, shard empty, shard a web page, shard a git-lfs pointer, shard a folder,
         shard cut to 0.5, shard by another name, shard less, shard first gone, shards all gone,
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
         tokenizer absent, embeddings of another tokenizer""",

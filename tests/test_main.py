@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import llama
-from llama import __main__
+from llama import __main__, checkpoint
 from llama.cli import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -148,12 +149,12 @@ def test_every_way_to_write_a_flag():
         arguments(["--json"], flags)
 
 
-def test_a_warning_is_one_line(run, make_folder):
-    folder, params, _ = make_folder()
-    (folder / "params.json").write_text(json.dumps(params | {"beam": 4}))
-    status, _, err = run("--prompt=a", "--max_gen_len=2", "--ckpt_dir", folder)
+def test_a_warning_is_one_line(run, make_folder, monkeypatch):
+    warn = partial(warnings.warn, "it is tight", stacklevel=2)
+    monkeypatch.setattr(checkpoint, "check_room", lambda *_: warn())
+    status, _, err = run("--prompt=a", "--max_gen_len=2", "--ckpt_dir", make_folder()[0])
     assert status == 0
-    assert err.startswith("warning: params.json: unknown keys are ignored: beam\n")
+    assert err.startswith("warning: it is tight\n")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ GIB = 2**30
 
 @pytest.mark.parametrize(
     "size, weights, with_sequence",
-    [("7B", 6.4, 7.4), ("13b", 12.3, 13.9), ("65B", 61.1, 66.1), ("70B", 64.5, 65.1)],
+    [
+        ("7B", 6.4, 7.4),
+        ("13b", 12.3, 13.9),
+        ("65B", 61.1, 66.1),
+        ("2-70B", 64.5, 65.1),
+        ("8B", 8.0, 8.25),
+    ],
 )
 def test_published_sizes(size, weights, with_sequence):
     """Worked out by hand, 320 KiB a token for the grouped 70B; torch's pool adds up to 1.2 %."""

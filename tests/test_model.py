@@ -14,7 +14,8 @@ from checkpoints import random_weights, tiny_params
 from torch import nn
 
 from llama import ModelArgs, Transformer
-from llama.model import KVCache
+from llama.memory import args_of
+from llama.model import KVCache, rotation_table
 
 TOLERANCE = 2e-5
 TOKENS = [1, 17, 30, 5, 5, 99, 2, 64, 31, 8, 77, 12, 50]
@@ -25,6 +26,7 @@ SHAPES = {
     "rope of Code Llama": {"rope_theta": 1e6, "norm_eps": 1e-6},
     "ffn of Llama 2 70B": {"ffn_dim_multiplier": 1.3, "n_layers": 3},
     "large eps": {"norm_eps": 1e-2},
+    "head of 64": {"dim": 128, "n_heads": 2, "n_kv_heads": 1},
 }
 
 
@@ -40,10 +42,10 @@ def cache_of(model, batch, length=20):
     return KVCache(model.args, batch, length, torch.float32, "cpu")
 
 
-def build(**overrides):
+def build(max_seq_len=64, **overrides):
     params = tiny_params(**overrides)
     weights = random_weights(params, dtype=torch.float32, outliers=(3,), vocab_size=100)
-    return params, weights, float_model(params, weights)
+    return params, weights, float_model(params, weights, max_seq_len=max_seq_len)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -82,6 +84,36 @@ def test_cache_equals_no_cache(name):
     with torch.no_grad():
         expected = model.output(model.features(tokens)[:, -1])
     assert (cached - expected).abs().max() < TOLERANCE
+
+
+def test_llama_3_far_into_its_context():
+    """Its rope stretches what turns slowly, by 8; over 9,000 positions the slowest pair that is
+    not stretched turns four times, the ones between less."""
+    params, weights, model = build(
+        **SHAPES["head of 64"], rope_theta=5e5, use_scaled_rope=True, max_seq_len=9001
+    )
+    tokens = torch.randint(100, (1, 9001), generator=torch.Generator().manual_seed(0))
+    sampled = [*range(0, 9001, 500), 8999, 9000]
+    expected = torch.from_numpy(oracle.logits(weights, params, tokens[0].tolist())[sampled])
+    cache = cache_of(model, 1, 9001)
+    cuts = [*zip([0, 5000], [5000, 8990]), *((i, i + 1) for i in range(8990, 9001))]
+    in_parts = [model.features(tokens[:, a:b], a, cache) for a, b in cuts]
+    for features in (model.features(tokens), torch.cat(in_parts, 1)):
+        with torch.no_grad():
+            logits = model.output(features[0, sampled])
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size, factor", [("1B", 32), ("3B", 32), ("8B", 8), ("70B", 8), ("7B", 1)])
+def test_rotation_of_the_published_models(size, factor):
+    args = args_of(size, max_seq_len=131072)
+    table, K = rotation_table(args, "cpu"), args.head_dim
+    angles = [131071 * oracle.frequency(i, K, vars(args)) for i in range(K // 2)]
+    expected = torch.tensor(angles, dtype=torch.float64)
+    assert (table[-1, :, 0] - expected.cos()).abs().max() < 1e-6
+    assert (table[-1, :, 1] - expected.sin()).abs().max() < 1e-6
+    plain = [oracle.frequency(i, K, vars(args) | {"use_scaled_rope": False}) for i in range(K // 2)]
+    assert angles[-1] == pytest.approx(131071 * plain[-1] / factor)
 
 
 def test_own_positions_in_one_batch_equal_one_by_one():
@@ -129,6 +161,9 @@ def test_moving_a_model_before_its_first_call_changes_nothing():
         ({"dim": 8192}, 22016),
         ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672),
         ({"dim": 4096, "ffn_dim_multiplier": 1.0}, 11008),
+        ({"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}, 14336),
+        ({"dim": 2048, "ffn_dim_multiplier": 1.5}, 8192),
+        ({"dim": 3072, "ffn_dim_multiplier": 1.0}, 8192),
     ],
     ids=str,
 )

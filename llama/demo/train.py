@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor, nn
 
-from llama.checkpoint import JOIN_DIM
 from llama.cli import run
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
 CONTEXT = 512
 SHARDS = 2
+# The dimension on which Meta splits a weight (out, in) of LLaMA; norms are the same in every shard.
+SPLIT_DIM = dict(wq=0, wk=0, wv=0, wo=1, w1=0, w2=1, w3=0, output=0, tok_embeddings=1)
 
 
 def read_stories(path: Path) -> list[str]:
@@ -202,7 +203,7 @@ def write(model: Transformer, folder: Path) -> None:
     for shard in range(SHARDS):
         tensors = {}
         for name, tensor in model.state_dict().items():
-            dim = JOIN_DIM.get(name.split(".")[-2])
+            dim = SPLIT_DIM.get(name.split(".")[-2])
             piece = tensor if dim is None else tensor.chunk(SHARDS, dim)[shard]
             tensors[name] = piece.half().cpu().contiguous()
         torch.save(tensors, folder / f"consolidated.{shard:02d}.pth")
