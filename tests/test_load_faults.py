@@ -5,7 +5,7 @@ import errno
 import gc
 import os
 import weakref
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -58,8 +58,10 @@ def test_shard_removed(fails):
 
 
 def test_read_error(fails):
+    def broken(path, *_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
     def happen(folder):
-        broken = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
         fails.patch.setattr(shards, "open", broken, raising=False)
 
     fails(OSError, r"consolidated.0\d.pth could not be read \(Input/output error\)", happen)
