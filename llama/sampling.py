@@ -51,10 +51,11 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def draw(logits: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
-    """The formula of `next_token` for a temperature above 0, with a sort of all logits."""
+    """The formula of `next_token` for a temperature above 0, with a sort of all logits; tokens
+    of one probability in the order of their ids."""
     below_top = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
     probability = torch.softmax(below_top / max(settings.temperature, SMALLEST), -1)
-    probability, order = probability.sort(-1, descending=True)
+    probability, order = probability.sort(dim=-1, descending=True, stable=True)
     kept = probability.cumsum(-1) - probability < settings.top_p
     if settings.top_k:
         kept[:, settings.top_k :] = False

@@ -75,11 +75,11 @@ def cases():
 
     constants = {"P": 16, "BLOCK": sampling.BLOCK}
     yield sampling.extremes_kernel, SAMPLING, constants, {"num_warps": 8}
-    constants |= {"P2": 16, "CUT": True, "COUNT": True}
+    constants = constants | {"P2": 16, "CUT": True, "COUNT": True}
     yield sampling.measure_kernel, SAMPLING, constants | {"FIRST": False}, {"num_warps": 8}
-    constants |= {"ID_BITS": 17}
+    constants = constants | {"ID_BITS": 17}
     yield sampling.gather_kernel, SAMPLING, constants, {"num_warps": 8}
-    constants |= {"BLOCK": sampling.FOUND_BLOCK}
+    constants = constants | {"BLOCK": sampling.FOUND_BLOCK}
     yield sampling.find_kernel, SAMPLING, constants, {"num_warps": 16}
 
 
