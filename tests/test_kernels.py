@@ -364,6 +364,14 @@ def test_draw(V, cuts):
     assert check_draws(drawn, logits, uniform, settings) >= 2
 
 
+def test_draws_can_differ():
+    """A uniform number that is off by 1e-4 is seen in a flat row of 32,000 tokens."""
+    logits, uniform = random(4, 32_000) / 10, torch.rand(4, device=DEVICE) * 0.99
+    wrong = draw(logits, uniform + 1e-4, Settings())
+    with pytest.raises(AssertionError):
+        check_draws(wrong, logits, uniform, Settings())
+
+
 def test_a_draw_does_not_depend_on_other_rows_nor_on_the_run():
     logits, settings, uniform = varied(9000), Settings(), torch.rand(6, device=DEVICE)
     drawn = sampling.draw(logits, uniform, settings)
