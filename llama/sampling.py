@@ -4,6 +4,8 @@ Everything stays on the device of the logits and nothing waits for the host. The
 as one uniform number a row, so a row's draw does not depend on its company.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -33,19 +35,35 @@ def next_token(
         logits = penalize(logits, tokens, lengths, settings)
     if settings.temperature == 0:
         token = logits.argmax(-1)
+    elif has_kernel(logits.device):
+        from llama.kernels import sampling  # only here: importing triton takes a while
+
+        return sampling.draw(logits, uniform, settings)
     else:
-        below_top = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
-        probability = torch.softmax(below_top / max(settings.temperature, SMALLEST), -1)
-        probability, order = probability.sort(-1, descending=True)
-        kept = probability.cumsum(-1) - probability < settings.top_p
-        if settings.top_k:
-            kept[:, settings.top_k :] = False
-        if settings.min_p:
-            kept &= probability >= settings.min_p * probability[:, :1]
-        cumulated = probability.where(kept, 0).cumsum(-1)
-        picked = (cumulated < uniform[:, None] * cumulated[:, -1:]).sum(-1, keepdim=True)
-        token = order.gather(-1, picked)[:, 0]
+        token = draw(logits, uniform, settings)
     return token.where(logits.isfinite().all(-1), NOT_FINITE)
+
+
+def has_kernel(device: torch.device) -> bool:
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def draw(logits: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
+    """The formula of `next_token` for a temperature above 0, with a sort of all logits; tokens
+    of one probability in the order of their ids."""
+    below_top = logits - logits.amax(-1, keepdim=True)  # a tiny temperature must not overflow
+    probability = torch.softmax(below_top / max(settings.temperature, SMALLEST), -1)
+    probability, order = probability.sort(dim=-1, descending=True, stable=True)
+    kept = probability.cumsum(-1) - probability < settings.top_p
+    if settings.top_k:
+        kept[:, settings.top_k :] = False
+    if settings.min_p:
+        kept &= probability >= settings.min_p * probability[:, :1]
+    cumulated = probability.where(kept, 0).cumsum(-1)
+    picked = (cumulated < uniform[:, None] * cumulated[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(-1, picked)[:, 0]
 
 
 def penalize(logits: Tensor, tokens: Tensor, lengths: Tensor, settings: Settings) -> Tensor:

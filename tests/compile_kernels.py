@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama.kernels import attention, few_rows, llm_int8, rotary
+from llama.kernels import attention, few_rows, llm_int8, rotary, sampling
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block: CUDA programming guide
 
@@ -32,6 +32,9 @@ ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, rotation: *fp32, T: 
 QUANT = types("x: *fp16, weight: *fp16, A: *fp16, CA: *i8, SCA: *fp32, first: *i32, columns: *i32")
 QUANT |= types("count: *i32, threshold: fp32, eps: fp32, rest: *fp16, M: i32")
 PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
+SAMPLING = types("logits: *fp32, extremes: *fp32, uniform: *fp32, parent: *i64, total: *i64")
+SAMPLING |= types("level: *i64, gathered: *i64, tokens: *i64, stride: i32, V: i32, warmth: fp32")
+SAMPLING |= types("top_p: fp32, top_k: i32, last: i32")
 
 
 def cases():
@@ -69,6 +72,15 @@ def cases():
     constants |= {"D": 5120, "WIDTH": 5120, "THEN": "add"}
     options = {"num_warps": llm_int8.WARPS, "num_stages": llm_int8.STAGES}
     yield llm_int8.mixed_scaled_mm_kernel, PRODUCT, constants, options
+
+    constants = {"P": 16, "BLOCK": sampling.BLOCK}
+    yield sampling.extremes_kernel, SAMPLING, constants, {"num_warps": 8}
+    constants = constants | {"P2": 16, "CUT": True, "COUNT": True}
+    yield sampling.measure_kernel, SAMPLING, constants | {"FIRST": False}, {"num_warps": 8}
+    constants = constants | {"ID_BITS": 17}
+    yield sampling.gather_kernel, SAMPLING, constants, {"num_warps": 8}
+    constants = constants | {"BLOCK": sampling.FOUND_BLOCK}
+    yield sampling.find_kernel, SAMPLING, constants, {"num_warps": 16}
 
 
 def shared_memory(case: int, capability: int) -> tuple[str, float]:

@@ -5,13 +5,17 @@ D terms: a relative error of at most D 2^-24 of the sum of magnitudes; results s
 rounding more, 2^-11 of the value. `test_twins_can_differ` shows that one wrong code is outside.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ROOT, python
 
 pytest.importorskip("triton", reason="needs triton")
+from llama import Settings  # noqa: E402
 from llama.buffers import attend_buffers, linear_buffers, quant_buffers  # noqa: E402
-from llama.kernels import attention, few_rows, llm_int8, rotary  # noqa: E402
+from llama.kernels import attention, few_rows, llm_int8, rotary, sampling  # noqa: E402
+from llama.sampling import NOT_FINITE, draw, next_token  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -314,6 +318,96 @@ def test_rotate(T, H, Hkv, K):
     rotary.rotate_torch(twin_qkv, *twins, rotation)
     for ours, theirs in zip((qkv, *caches), (twin_qkv, *twins)):
         assert torch.allclose(ours, theirs, rtol=2**-10, atol=1e-6, equal_nan=True)
+
+
+CUTS = [
+    {"top_p": 0.9531},  # of V tokens that are all alike this is no whole number
+    {"top_p": 1.0},
+    {"top_p": 0.0},
+    {"top_p": 0.5003, "temperature": 1.5},
+    {"top_k": 1},
+    {"top_k": 20, "top_p": 0.7},
+    {"top_k": 2**31, "top_p": 1.0},
+    {"min_p": 1.0},
+    {"min_p": 0.02, "top_k": 9, "top_p": 0.99},
+    {"temperature": 1e-30},
+]
+
+
+def varied(V):
+    """Rows of logits: usual, peaked, flat, all alike, many of one value, one far above the rest."""
+    logits = random(6, V) * torch.tensor([3, 15, 0.1, 0, 2, 1], device=DEVICE)[:, None]
+    logits[4] = logits[4].round()
+    logits[5, V // 2] = 1000
+    return logits + 5
+
+
+def check_draws(drawn, logits, uniform, settings):
+    """The kernel draws what its twin in float64 draws for a uniform number and a top_p within 1e-6;
+    the twin in float32 adds up V terms, which errs as much."""
+    rank = logits.sort(stable=True, descending=True).indices.argsort()
+    ranks = [rank.gather(1, drawn[:, None])]
+    for off in (-1e-6, 1e-6):
+        near = replace(settings, top_p=min(max(settings.top_p + off, 0), 1))
+        u = (uniform.double() + off).clamp(0, 1 - 1e-12)
+        ranks.append(rank.gather(1, draw(logits.double(), u, near)[:, None]))
+    assert ((ranks[1] <= ranks[0]) & (ranks[0] <= ranks[2])).all()
+    return int((ranks[1] == ranks[2]).sum())  # rows with a single right answer
+
+
+@pytest.mark.parametrize("V", [7, 4096, 32_000, pytest.param(128_256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_draw(V, cuts):
+    logits, settings, uniform = varied(V), Settings(**cuts), torch.rand(6, device=DEVICE)
+    uniform[torch.randperm(6)[:2]] = torch.tensor([0, 1 - 2**-24], device=DEVICE)
+    drawn = sampling.draw(logits, uniform, settings)
+    assert check_draws(drawn, logits, uniform, settings) >= 2
+
+
+def test_draws_can_differ():
+    """A uniform number that is off by 1e-4 is seen in a flat row of 32,000 tokens."""
+    logits, uniform = random(4, 32_000) / 10, torch.rand(4, device=DEVICE) * 0.99
+    wrong = draw(logits, uniform + 1e-4, Settings())
+    with pytest.raises(AssertionError):
+        check_draws(wrong, logits, uniform, Settings())
+
+
+def test_a_draw_does_not_depend_on_other_rows_nor_on_the_run():
+    logits, settings, uniform = varied(9000), Settings(), torch.rand(6, device=DEVICE)
+    drawn = sampling.draw(logits, uniform, settings)
+    assert torch.equal(drawn, sampling.draw(logits, uniform, settings))
+    for b in range(len(logits)):
+        assert sampling.draw(logits[b : b + 1], uniform[b : b + 1], settings) == drawn[b]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_draws_of_rows_that_are_not_finite(value):
+    logits, settings, uniform = varied(9000), Settings(top_k=3), torch.rand(6, device=DEVICE)
+    before = sampling.draw(logits, uniform, settings)
+    logits[1, 8999], logits[3] = value, value
+    drawn = sampling.draw(logits, uniform, settings)
+    bad = torch.tensor([False, True, False, True, False, False], device=DEVICE)
+    assert torch.equal(drawn, before.where(~bad, NOT_FINITE))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cuts", [{}, {"top_p": 1.0}, {"top_k": 50}, {"min_p": 0.01}], ids=str)
+def test_draws_in_a_graph(cuts):
+    """20,000 of them; the graph must leave all counts ready for the next time."""
+    settings, B, V = Settings(**cuts), 32, 128_256
+    logits = random(B, V) * torch.linspace(0.5, 8, B, device=DEVICE)[:, None]
+    uniform = torch.rand(B, device=DEVICE)
+    next_token(logits, None, None, uniform, settings)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = next_token(logits, None, None, uniform, settings)
+    sure = 0
+    for _ in range(625):
+        uniform.copy_(torch.rand(B, device=DEVICE))
+        graph.replay()
+        sure += check_draws(drawn, logits, uniform, settings)
+    assert sure >= 0.5 * 625 * B
 
 
 @pytest.mark.slow
