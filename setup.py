@@ -1,4 +1,5 @@
-"""`pip install .` installs the package and its demo model; `.[test]` adds what tests need."""
+"""`pip install .` installs the package and its demo model; `.[llama3]` adds what reads
+Llama 3's tokenizer, `.[test]` what tests need."""
 
 import re
 from pathlib import Path
@@ -10,11 +11,12 @@ HERE = Path(__file__).parent
 setup(
     name="llama-int8",
     version=re.search(r'__version__ = "(.*)"', (HERE / "llama/__init__.py").read_text())[1],
-    description="LLaMA inference in INT8 on one GPU",
+    description="LLaMA, Llama 2 and Llama 3 inference in INT8 on one GPU",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="LLaMA INT8 contributors",
     license="GPL-3.0-only",
+    keywords="llama llama-3 llm inference int8 quantization bitsandbytes triton chat",
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: GPU :: NVIDIA CUDA",

@@ -1,4 +1,5 @@
-"""Does the README say what is? Every command in it is run, here or, to install, by .ci/run."""
+"""Does the README say what is? Every command in it is run, here or, to install, by .ci/run; only
+`hf download` is not, as it needs a network and a licence that somebody accepted."""
 
 import json
 import os
@@ -7,12 +8,19 @@ import shlex
 import subprocess
 import sys
 
+import byte_pairs
 import pytest
 import random_model
+import torch
+from checkpoints import random_weights, tiny_params, write_checkpoint
 from conftest import ROOT
 from test_main import flags_of
 
-from llama import LLaMA
+from llama import LLaMA, Transformer
+from llama.int8 import Int8Linear
+from llama.memory import CONTEXT
+from llama.params import model_args
+from llama.room import GIB, need, weight_bytes
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -31,8 +39,11 @@ def test_every_command_is_known():
         " > results.jsonl",
         "python -m llama --interactive",  # test_main.py
         'pip install -r requirements.txt -e ".[test]" && python -m pytest',  # .ci/run
+        'hf download meta-llama/Llama-3.1-8B-Instruct --include "original/*"'
+        " --local-dir /w/Llama-3.1-8B-Instruct",
+        "python -m llama.memory --size 8B --max_seq_len 8192",
+        "python -m llama --chat --ckpt_dir /w/Llama-3.1-8B-Instruct/original --max_seq_len 8192",
         "PRESIGNED_URL='https://...' ./download.sh 7B,13B /w",  # test_download.py
-        "python -m llama.memory --size 13B",
         "python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model"
         " --max_batch_size=1",
         "python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8",
@@ -43,12 +54,12 @@ def test_every_command_is_known():
 
 @pytest.fixture
 def run(run_command):
-    """run(line) -> what it prints"""
+    """run(line, stdin) -> what it prints"""
 
-    def printed(line):
+    def printed(line, stdin=b""):
         python, *options = shlex.split(line)
         command = options.pop(1) if options[0] == "-m" else ROOT / options[0]
-        status, out, err = run_command(command, *options[1:])
+        status, out, err = run_command(command, *options[1:], stdin=stdin)
         assert status == 0 and "warning" not in err.lower(), err
         return out
 
@@ -74,24 +85,76 @@ def test_comparison_runs(run, tmp_path, monkeypatch):
     assert re.findall(r"^\| (\w+) \| \d+\.\d+ \[", said, re.M) == ["float32", "int8"]
 
 
+@pytest.fixture
+def llama3_folder(tmp_path):
+    """What `hf download` leaves in /w/Llama-3.1-8B-Instruct/original, tiny; /w is tmp_path."""
+    pytest.importorskip("tiktoken")
+    folder = tmp_path / "Llama-3.1-8B-Instruct" / "original"
+    params = tiny_params(n_kv_heads=2, vocab_size=len(byte_pairs.tokens()) + 256, rope_theta=5e5)
+    write_checkpoint(folder, params, random_weights(params, dtype=torch.bfloat16), 1)
+    (folder / "tokenizer.model").write_bytes(byte_pairs.rank_file())
+    return folder
+
+
+def test_commands_with_llama_3(run, llama3_folder, tmp_path):
+    memory, chat = (COMMANDS[i].replace("/w/", f"{tmp_path}/") for i in (6, 7))
+    assert run(memory).startswith("8B, 1 sequence of 8192 tokens, in GiB\n")
+    line = f"{chat} --temperature 0 --max_gen_len 8"
+    first, second = run(line, b"Hello\n"), run(line, b"Hello\nAnd you?\n")
+    assert first.strip() and second.startswith(first) and len(second) > len(first)
+
+
 def test_commands_with_metas_weights(run, make_folder):
     folder, _, _ = make_folder(2, name="13B")
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    memory, example, quantize = (
-        run(command.replace("/w/", f"{folder.parent}/")) for command in COMMANDS[6:9]
+    example, quantize = (
+        run(command.replace("/w/", f"{folder.parent}/")) for command in COMMANDS[9:11]
     )
-    assert memory.startswith("13B, 1 sequence of 2048 tokens, in GiB\n")
     assert example.startswith("Once upon a time")
     assert quantize == ""
     assert (folder.parent / "13B_int8" / "tokenizer.model").is_file()
 
 
-def test_notebook_code(make_folder, capsys):
+def test_notebook_code(llama3_folder, tmp_path, capsys):
     code = re.search(r"^```python\n(.*?)^```$", README, re.M | re.S)[1]
-    folder, _, _ = make_folder(2, name="13B")
-    (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    exec(code.replace("/w/", f"{folder.parent}/"), {})
-    assert capsys.readouterr().out.startswith("I believe the meaning of life is")
+    exec(code.replace("/w/", f"{tmp_path}/"), {})
+    assert "I believe the meaning of life is" in capsys.readouterr().out
+
+
+LLAMA_3 = {"n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256}
+SHAPES = {  # of the models in the table, by the end of their names; as Meta's params.json has them
+    "3.2 1B": LLAMA_3 | {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5},
+    "3.2 3B": LLAMA_3 | {"dim": 3072, "n_layers": 28, "n_heads": 24},
+    "8B": LLAMA_3 | {"dim": 4096, "n_layers": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3},
+    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
+    "34B": {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8},
+    "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64},
+}
+SHAPES["Code Llama 70B"] = SHAPES["65B"] | {
+    "n_kv_heads": 8,
+    "multiple_of": 4096,
+    "ffn_dim_multiplier": 1.3,
+}
+SHAPES["3.3 70B"] = SHAPES["Code Llama 70B"] | {"vocab_size": 128256}
+CARDS = 4, 6, 8, 12, 16, 24, 40, 48, 80
+FREE = 0.97  # GiB that a card has free for each GB in its name
+
+
+def test_table_of_models_is_computed():
+    rows = re.findall(r"^\| (\w.* \d+B) \| ([\d.]+) \| (\d+) \| .* \|$", README, re.M)
+    assert len(rows) == len(SHAPES)
+    for name, weights, card in rows:
+        [params] = [params for end, params in SHAPES.items() if f" {name}".endswith(f" {end}")]
+        params = {"vocab_size": 32000, "norm_eps": 1e-5} | params
+        args = model_args(params, params["vocab_size"], max_seq_len=2048)
+        with torch.device("meta"):
+            model = Transformer(args, Int8Linear)
+        needed = need(model, 1, 2048, torch.float16)
+        assert weights == f"{weight_bytes(model, torch.float16) / GIB:.1f}", name
+        total = needed.total / GIB + CONTEXT
+        assert int(card) == next(size for size in CARDS if total < FREE * size), name
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["shards", "int8"])
@@ -111,7 +174,8 @@ def test_options_table_equals_the_help(run):
     shown = {"None": "", "()": "", "'triton'": "triton"}
     help_rows = [(name, shown.get(default, default), s) for name, (default, s) in flags.items()]
     assert set(rows) <= set(help_rows)
-    in_commands = ["version", *re.findall(r"--(\w+)", "".join(COMMANDS[1:4]))]
+    ours = [command for command in COMMANDS if "python -m llama " in command]
+    in_commands = ["version", *re.findall(r"--(\w+)", " ".join(ours))]
     assert set(flags) == {name for name, *_ in rows} | set(in_commands)
 
 
