@@ -7,7 +7,6 @@ them, so that reading at each token takes microseconds however long the text is.
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
 
 from llama.tokenizer import Tokenizer
 
@@ -90,7 +89,9 @@ class Continuation:
 
 def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
     """What each step adds to the text of a single row."""
-    with closing(steps):
+    try:
         for [row] in steps:
             if piece := row.read():
                 yield piece
+    finally:
+        steps.close()

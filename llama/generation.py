@@ -12,7 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -221,8 +221,9 @@ class LLaMA:
         for first in range(0, len(going), size):
             some = going[first : first + size]
             batch = [(row, uniform_numbers(seed, place, row.limit)) for place, row in some]
-            for _ in self._decode(batch, settings, logprobs, decoder):
-                yield rows
+            with closing(self._decode(batch, settings, logprobs, decoder)) as steps:
+                for _ in steps:
+                    yield rows
         yield rows
 
     def _decode(
