@@ -1,16 +1,20 @@
 """Continues prompts on a command line: python -m llama --prompt "Once upon a time"
 
-Texts and JSON go to stdout, everything else to stderr. In texts control characters are escaped,
-JSON has them exactly.
+Texts and JSON go to stdout (with --resume, JSON to a file), everything else to stderr. In texts
+control characters are escaped, JSON has them exactly.
 """
 
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from inspect import getdoc
 from json import dumps, loads
+from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -18,14 +22,18 @@ from tqdm import tqdm
 import llama
 from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
+from llama.continuation import Continuation
 from llama.generation import LLaMA, check_prompts
 from llama.room import size
 from llama.settings import Settings
 
+BEGINNING = '{"index": '  # of each line of results
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a file, one per line: text, or JSON in a .jsonl file and in standard input
-    whose first line is a JSON object or whose lines are all JSON."""
+
+def read_prompts(path: str) -> list[dict]:
+    """The "prompt" of each line of a file: text, or JSON in a .jsonl file and in standard input
+    whose first line is a JSON object or whose lines are all JSON. An object keeps its other keys.
+    """
     lines = {n: line for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()}
     source = "standard input" if path == "-" else path
     if not lines:
@@ -33,13 +41,13 @@ def read_prompts(path: str) -> list[str]:
     values = [parsed(line) for line in lines.values()]
     is_json = path == "-" and (isinstance(values[0], dict) or None not in values)
     if not (is_json or path.endswith(".jsonl")):
-        return list(lines.values())
-    prompts = [value.get("prompt") if isinstance(value, dict) else value for value in values]
-    for prompt, (n, line) in zip(prompts, lines.items()):
-        if not isinstance(prompt, str):
+        return [{"prompt": line} for line in lines.values()]
+    records = [value if isinstance(value, dict) else {"prompt": value} for value in values]
+    for record, (n, line) in zip(records, lines.items()):
+        if not isinstance(record.get("prompt"), str):
             expected = 'expected a JSON string or {"prompt": "..."}'
             raise ValueError(f"{source}, line {n} is {line!r:.60}, {expected}")
-    return prompts
+    return records
 
 
 def parsed(line: str) -> str | dict | None:
@@ -61,37 +69,86 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def answer(llm: LLaMA, prompts: list[str], settings: Settings, json: bool, logprobs: bool) -> None:
-    """Prints the continuations: a single one as it grows, of several each as soon as it and those
-    before it have ended. Timing goes to stderr."""
-    started, shown, stream = time.perf_counter(), 0, len(prompts) == 1 and not json
+def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
+    """A file of results to append to, and the places in the list whose results it has already. A
+    last line that was cut short, when a run was killed, is removed. ValueError for other lines."""
+    file = Path(path).expanduser()
+    content = file.read_bytes() if file.exists() else b""
+    *lines, cut = content.decode(errors="replace").split("\n")
+    done = set()
+    for n, line in enumerate(lines, 1):
+        result = parsed(line)
+        index = result.get("index") if isinstance(result, dict) else None
+        within = isinstance(index, int) and 0 <= index < len(records)
+        if not within or result.get("prompt") != records[index]["prompt"]:
+            raise ValueError(
+                f"{path}, line {n} is {line!r:.60}, expected the result of one of these prompts: "
+                "pass the prompts it was made from, or another --resume"
+            )
+        done.add(index)
+    if not cut.startswith(BEGINNING[: len(cut)]):
+        raise ValueError(
+            f"{path} ends in {cut!r:.60}, expected a line that --resume wrote: pass another file"
+        )
+    results = file.open("a")
+    results.truncate(content.rfind(b"\n") + 1)
+    return results, done
+
+
+def json_line(record: dict, row: Continuation, logprobs: bool) -> str:
+    fields = asdict(row.completion())
+    if not logprobs:
+        del fields["logprobs"]
+    return dumps({"index": row.index} | record | fields)
+
+
+def answer(
+    llm: LLaMA,
+    records: list[dict],
+    settings: Settings,
+    json: bool,
+    logprobs: bool,
+    results: TextIO | None = None,
+    done: Container[int] = (),
+) -> None:
+    """Continues the prompts of records but for those at places `done`. Prints a single text as it
+    grows, of several each as soon as it and those before it have ended; a line of JSON, to a file
+    of results if there is one, as soon as its own has. Timing goes to stderr."""
+    prompts = [record["prompt"] for record in records]
+    json = json or results is not None
+    stream, texts, shown = len(prompts) == 1 and not json, {}, 0
+    prompt_tokens = new = first = 0
+    started = time.perf_counter()
     if stream:
         print(printable(prompts[0]), end="", flush=True)
-    with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) == 1) as bar:
-        for rows in llm.steps(prompts, settings, logprobs):
+    total, before = len(prompts), sum(place in done for place in range(len(prompts)))
+    with tqdm(total=total, initial=before, unit="prompt", disable=total == 1) as bar:
+        for rows in llm.steps(prompts, settings, logprobs, skip=done):
+            first = first or rows[0].seconds_to_first_token
+            new += sum(row.limit > 0 for row in rows)
             if stream:
                 print(printable(rows[0].read()), end="", flush=True)
-            bar.update(sum(row.finish_reason is not None for row in rows) - bar.n)
-            while not stream and shown < len(rows) and rows[shown].finish_reason:
-                prompt, row = prompts[shown], rows[shown]
+            ended = [row for row in rows if row.finish_reason]
+            for row in ended:
+                prompt_tokens += len(row.prompt_ids)
+                if json:
+                    line = json_line(records[row.index], row, logprobs)
+                    tqdm.write(line, file=results or sys.stdout)
+                elif not stream:
+                    texts[row.index] = printable(row.prompt + row.text)
+            while shown in texts:
+                tqdm.write(f"{texts.pop(shown)}\n\n==================================\n")
                 shown += 1
-                text = f"{printable(prompt + row.text)}\n\n==================================\n"
-                result = {
-                    "prompt": prompt,
-                    "text": row.text,
-                    "tokens": row.ids,
-                    "finish_reason": row.finish_reason,
-                    "seconds": round(row.seconds, 4),
-                    "seconds_to_first_token": round(row.seconds_to_first_token, 4),
-                } | ({"logprobs": row.logprobs} if logprobs else {})
-                tqdm.write(dumps(result) if json else text)
-            sys.stdout.flush()
+            if ended:
+                (results or sys.stdout).flush()
+                took = time.perf_counter() - started
+                bar.set_postfix_str(f"{new / took:.1f} tokens/s", refresh=False)
+                bar.update(len(ended))
     if stream:
         print()
-    new, took = sum(len(row.ids) for row in rows), time.perf_counter() - started
     say(
-        f"{sum(len(row.prompt_ids) for row in rows)} prompt tokens, {new} new tokens, "
-        f"{rows[0].seconds_to_first_token:.2f} s to the first token, {new / took:.1f} tokens/s, "
+        f"{prompt_tokens} prompt tokens, {new} new tokens, {first:.2f} s to the first token, "
+        f"{new / (time.perf_counter() - started):.1f} tokens/s, "
         f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}"
     )
 
@@ -136,6 +193,7 @@ def main(
     interactive: bool = False,
     chat: bool = False,
     json: bool = False,
+    resume: str | None = None,
     logprobs: bool = False,
     version: bool = False,
     ckpt_dir: str | None = None,
@@ -164,9 +222,13 @@ def main(
         interactive: keeps the model loaded and continues each line that is typed
         chat: talks with a Llama 2 Chat or Llama 3 Instruct model, which answers each line that is
             typed and remembers those before, up to a line /new
-        json: prints a line of JSON for each prompt: text is what was added, tokens are its ids with
-            those of a stop string, finish_reason is stop, length or eos
-        logprobs: with --json, adds the log-probability of each new token
+        json: prints a line of JSON for each prompt as soon as it has ended: index is its place,
+            from 0, text what was added, tokens its ids with those of a stop string, finish_reason
+            is stop, length or eos; other keys that the prompt's line had in JSON follow index
+        resume: file to which these lines go instead; prompts whose line is there are left out, so
+            that a run that was interrupted goes on if it is started again (and has the same texts
+            with a --seed)
+        logprobs: with --json or --resume, adds the log-probability of each new token
         version: prints the version of this program
     """
     if version:
@@ -174,25 +236,28 @@ def main(
         return
     penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
     settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
-    if logprobs and not json:
+    if logprobs and not (json or resume):
         raise ValueError("--logprobs is a part of what --json prints: add --json")
     if [prompt, prompt_file, "-" if interactive or chat else None].count("-") > 1:
         raise ValueError("- is all of standard input, which can be read once: pass it alone")
-    prompts = [] if prompt is None else [read_text("-") if prompt == "-" else prompt]
+    records = [] if prompt is None else [{"prompt": read_text("-") if prompt == "-" else prompt}]
     if prompt_file is not None:
-        prompts += read_prompts(prompt_file)
-    if not (prompts or interactive or chat):
+        records += read_prompts(prompt_file)
+    if not (records or interactive or chat):
         raise ValueError(
             "there is no prompt: pass --prompt TEXT, --prompt_file FILE, --interactive or --chat"
         )
+    prompts = [record["prompt"] for record in records]
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
+    results, done = open_results(resume, records) if resume else (None, ())
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
     llm = LLaMA.build(*files, *limits, use_int8, device, engine)
-    if prompts:
-        answer(llm, prompts, settings, json, logprobs)
+    if records:
+        with results or nullcontext():
+            answer(llm, records, settings, json, logprobs, results, done)
     if interactive:
         say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
-        interact(lambda line: answer(llm, [line], settings, json, logprobs), json)
+        interact(lambda line: answer(llm, [{"prompt": line}], settings, json, logprobs), json)
     if chat:
         talk = Chat(llm, settings)
         say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")

@@ -7,16 +7,43 @@ them, so that reading at each token takes microseconds however long the text is.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 from llama.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What came of a prompt: `text` is what was added to it. `tokens` are its ids, with those of a
+    stop string, which is not in the text."""
+
+    index: int  # place of the prompt in its list, from 0
+    prompt: str | list[int]
+    text: str
+    tokens: list[int]
+    finish_reason: str  # "stop" (a stop string), "length" or "eos"
+    seconds: float  # from the start of the prompt's prefill to the last token
+    seconds_to_first_token: float
+    logprobs: list[float]  # of each token; empty unless asked for
+
+
 class Continuation:
     """What follows one prompt, `limit` tokens at most. `ids` are all that were generated, those of
-    a stop string included; `logprobs`, where asked for, has one for each of them."""
+    a stop string included; `logprobs`, where asked for, has one for each of them. `prompt` is what
+    was passed, at place `index` of a list."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], limit: int, stop: list[str]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        limit: int,
+        stop: list[str],
+        prompt: str | list[int] = "",
+        index: int = 0,
+    ):
         self.tokenizer, self.prompt_ids, self.limit, self.stop = tokenizer, prompt_ids, limit, stop
+        self.prompt, self.index = prompt, index
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         # "stop", "length" or "eos"; None while it goes on
@@ -42,6 +69,19 @@ class Continuation:
         self._decode()
         new, self._read = self._text[self._read :], len(self._text)
         return "".join(new)
+
+    def completion(self) -> Completion:
+        """Of a row that has ended."""
+        return Completion(
+            self.index,
+            self.prompt,
+            self.text,
+            self.ids,
+            self.finish_reason,
+            round(self.seconds, 4),
+            round(self.seconds_to_first_token, 4),
+            self.logprobs,
+        )
 
     def begin(self) -> None:
         """Starts the clock: its prompt's turn has come."""
@@ -89,9 +129,14 @@ class Continuation:
 
 def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
     """What each step adds to the text of a single row."""
-    try:
+    with closing(steps):
         for [row] in steps:
             if piece := row.read():
                 yield piece
-    finally:
-        steps.close()
+
+
+def completions(steps: Iterator[list[Continuation]]) -> Iterator[Completion]:
+    """Each row's, as soon as it has ended."""
+    with closing(steps):
+        for rows in steps:
+            yield from (row.completion() for row in rows if row.finish_reason)

@@ -1,8 +1,8 @@
 """The decoder: a running batch of sequences, each in a slot with its own length.
 
-`prefill(slot, ids, uniform)` begins a sequence while those in the other slots wait; `step()`
-returns the newest token of every slot. A slot's tokens are drawn from its own logits with its own
-random numbers, so that no sequence depends on the others.
+`prefill(slot, ids, uniform)` begins a sequence while those in the other slots wait, also in a slot
+whose sequence has ended; `step()` returns the newest token of every slot. A slot's tokens are drawn
+from its own logits with its own random numbers, so that no sequence depends on the others.
 
 Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
 `fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:
@@ -94,12 +94,21 @@ class Decoder:
         self.due = False
         length, end = len(ids), len(ids) + len(uniform)
         self.lengths[slot] = start + 1  # should what follows be interrupted: see cached()
-        self.tokens[slot, :length] = torch.tensor(ids, device="cpu")
-        self.uniform[slot, length:end] = uniform
+        # The host does not wait for the step that runs: this shall come right after it.
+        self.tokens[slot, :length].copy_(torch.tensor(ids, device="cpu"), non_blocking=True)
+        self.uniform[slot, length:end].copy_(uniform, non_blocking=True)
         self.left[slot] = len(uniform) - 1
         features = self.engine.prefill(slot, self.tokens[slot, start:length], start)
         self.lengths[slot], self.last[slot] = length, end - 1
         self._draw(self.engine.head(features[-1:]), slice(slot, slot + 1))
+
+    def share(self, ids: list[int]) -> None:
+        """Prefills what all prompts begin with and copies its keys and values to every slot. No
+        sequence writes over what it begins with, so they are there for later ones in a slot too:
+        pass start=len(ids) to prefill(). To be called before the first sequence."""
+        self.engine.prefill(0, torch.tensor(ids, device=self.tokens.device))
+        for cache in (self.engine.cache.k, self.engine.cache.v):
+            cache[:, 1:, : len(ids)] = cache[:, :1, : len(ids)]
 
     def cached(self, slot: int, ids: list[int]) -> int:
         """How many of ids, the last not among them, a slot's cache holds from an earlier sequence

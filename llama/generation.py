@@ -1,9 +1,10 @@
 """`LLaMA`: a model and its tokenizer. `build` loads them, `generate` and `stream` continue prompts,
 `chat` answers in a conversation, `score` says how likely a text is.
 
-A prompt becomes ids, which go into a slot of a `Decoder`; from then on each step gives every slot
-its next id, and a `Continuation` turns them into text. Each call has its own state, so that calls
-may be abandoned or interleaved. Threads may share a model: they take turns, a step at a time.
+A prompt becomes ids, which go into a slot of a `Decoder` as soon as one is free; from then on each
+step gives every slot its next id, and a `Continuation` turns them into text. Each call has its own
+state, so that calls may be abandoned or interleaved. Threads may share a model: they take turns, a
+step at a time.
 """
 
 import os
@@ -11,9 +12,12 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from llama import checkpoint, room
 from llama.chat import conversation, stripped
-from llama.continuation import Continuation, pieces
+from llama.continuation import Completion, Continuation, completions, pieces
 from llama.decode import ENGINES, Decoder, make_engine
 from llama.device import pick_device, pick_engine, use_cores
 from llama.model import Transformer
@@ -30,10 +34,9 @@ from llama.sampling import NOT_FINITE, next_token
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode
 
-Batch = list[tuple[Continuation, Tensor]]
-
 DEMO = Path(__file__).parent / "demo"
 POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
+SHARED = 32  # tokens that all prompts begin with, from which on they are prefilled apart, once
 # Weights below which one core of a CPU is as fast as several, and several are slowed down by any
 # other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
 ONE_CORE = 2**24
@@ -114,12 +117,16 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> list[str]:
-        """Returns each prompt followed by its continuation, in order, max_batch_size at a time.
+        """Returns each prompt followed by its continuation, in order.
+
+        max_batch_size of them go on at a time, or fewer where memory is short; when one ends, the
+        next takes its place. What all begin with is computed once, and then rounded a little
+        differently than in each alone; so `[prompt] * n` reads a prompt once for n continuations.
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a
-        setting out of range or a prompt longer than max_seq_len; MemoryError if the sequences do
-        not fit; FloatingPointError if the model computes logits that are not finite.
+        setting out of range or a prompt longer than max_seq_len; MemoryError if not even one
+        sequence fits; FloatingPointError if the model computes logits that are not finite.
 
         Args:
             prompts: a list of any length, of texts or of lists of token ids
@@ -136,9 +143,24 @@ class LLaMA:
         """
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
-        *_, rows = self.steps(prompts, settings)
+        results = in_order(completions(self.steps(prompts, settings)))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
-        return [text + row.text for text, row in zip(texts, rows)]
+        return [text + result.text for text, result in zip(texts, results)]
+
+    def complete(
+        self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
+    ) -> list[Completion]:
+        """What came of each prompt, in order: texts, token ids, why they ended and how long they
+        took. Settings has the arguments of `generate`, whose errors these are. With logprobs they
+        have those of their tokens, as the model gave them, before temperature and penalty."""
+        return in_order(completions(self.steps(prompts, settings, logprobs)))
+
+    def completions(
+        self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
+    ) -> Iterator[Completion]:
+        """Yields what `complete` returns, each as soon as it has ended; its `index` is the place
+        of its prompt. Errors of settings and prompts come at once."""
+        return completions(self.steps(prompts, settings, logprobs))
 
     def chat(
         self,
@@ -159,8 +181,8 @@ class LLaMA:
         Settings and errors are those of `generate`; ValueError too for a model without chat."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
-        *_, [row] = self.steps([conversation(messages, self)], settings)
-        return row.text.strip()
+        [answer] = completions(self.steps([conversation(messages, self)], settings))
+        return answer.text.strip()
 
     def stream(
         self,
@@ -193,11 +215,12 @@ class LLaMA:
         settings: Settings,
         logprobs: bool = False,
         decoder: Decoder | None = None,
+        skip: Container[int] = (),
     ) -> Iterator[list[Continuation]]:
-        """Yields the same list of Continuations, one a prompt, after every step and once more at
-        the end. With logprobs they have those of their tokens, as the model gave them, before
-        temperature and penalty. A decoder that is passed goes on from what its cache holds of a
-        prompt, and stays open. Errors as `generate`, those of settings and prompts at once."""
+        """Yields after every step the Continuations that it gave a token, in the order of their
+        prompts; each comes for the last time when it has ended. What is at places to `skip` of the
+        list is not continued and changes nothing for the others. A decoder that is passed goes on
+        from what its cache holds of the one prompt, and stays open. See `completions`."""
         limit, of_model = settings.max_gen_len, self.model.args.max_seq_len
         all_ids = encode(prompts, self.tokenizer, of_model)
         if limit > of_model:
@@ -207,55 +230,81 @@ class LLaMA:
                 stacklevel=3,
             )
         rows = [
-            Continuation(self.tokenizer, ids, min(limit, of_model - len(ids)), settings.stop)
-            for ids in all_ids
+            Continuation(
+                self.tokenizer, ids, min(limit, of_model - len(ids)), settings.stop, prompt, index
+            )
+            for index, (prompt, ids) in enumerate(zip(prompts, all_ids))
         ]
-        return self._steps(rows, settings, logprobs, decoder)
+        return self._steps(rows, settings, logprobs, decoder, skip)
 
     def _steps(
-        self, rows: list[Continuation], settings: Settings, logprobs: bool, decoder: Decoder | None
+        self,
+        rows: list[Continuation],
+        settings: Settings,
+        logprobs: bool,
+        kept: Decoder | None,
+        skip: Container[int],
     ) -> Iterator[list[Continuation]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
-        going = [(place, row) for place, row in enumerate(rows) if row.limit]
-        size = self.model.args.max_batch_size
-        for first in range(0, len(going), size):
-            some = going[first : first + size]
-            batch = [(row, uniform_numbers(seed, place, row.limit)) for place, row in some]
-            with closing(self._decode(batch, settings, logprobs, decoder)) as steps:
-                for _ in steps:
-                    yield rows
-        yield rows
-
-    def _decode(
-        self, batch: Batch, settings: Settings, logprobs: bool, kept: Decoder | None
-    ) -> Iterator[None]:
-        """Continues rows, each with its uniform numbers, until all have ended. Yields at each
-        step. A decoder that is kept may hold what a prompt begins with."""
-        rows = [row for row, _ in batch]
+        if full := [row for row in rows if not row.limit and row.index not in skip]:
+            yield full
+        rows = [row for row in rows if row.limit]
+        waiting = deque(row for row in rows if row.index not in skip)
+        if not waiting:
+            return
+        # The whole list decides these, so that what is skipped changes no number.
         length = max(len(row.prompt_ids) + row.limit for row in rows)
+        slots = 1 if kept else self._slots(min(len(rows), self.model.args.max_batch_size), length)
+        shared = common_beginning([row.prompt_ids for row in rows])
+        going: dict[int, Continuation] = {}  # by slot
         decoder = kept
         try:
-            for row in rows:
-                row.begin()
-            decoder = kept or self.decoder(len(rows), length, settings, logprobs)
-            for slot, (row, uniform) in enumerate(batch):
+            decoder = kept or self.decoder(slots, length, settings, logprobs)
+            if shared:
                 with self._turn():
-                    start = decoder.cached(slot, row.prompt_ids) if kept else 0
-                    decoder.prefill(slot, row.prompt_ids, uniform, start)
-            while any(row.finish_reason is None for row in rows):
+                    decoder.share(shared)
+            while waiting or going:
+                free = [slot for slot in range(slots) if slot not in going]
+                for slot in free[: len(waiting)]:
+                    row = going[slot] = waiting.popleft()
+                    row.begin()
+                    uniform = uniform_numbers(seed, row.index, row.limit)
+                    with self._turn():
+                        start = kept.cached(slot, row.prompt_ids) if kept else len(shared)
+                        decoder.prefill(slot, row.prompt_ids, uniform, start)
                 with self._turn():
                     drawn = decoder.step()
-                for row, id, *logprob in zip(rows, *drawn):
-                    if row.finish_reason is None:
-                        if id == NOT_FINITE:
-                            raise FloatingPointError(NOT_FINITE_LOGITS)
-                        row.add(id, *logprob)
-                yield
+                for slot, row in going.items():
+                    id, *logprob = (values[slot] for values in drawn)
+                    if id == NOT_FINITE:
+                        raise FloatingPointError(NOT_FINITE_LOGITS)
+                    row.add(id, *logprob)
+                yield list(going.values())
+                going = {slot: row for slot, row in going.items() if row.finish_reason is None}
         except torch.OutOfMemoryError:
-            raise self._too_big(len(rows), length) from None
+            raise self._too_big(slots, length) from None
         finally:
             if decoder is not kept:
                 decoder.close()
+
+    def _slots(self, wanted: int, length: int) -> int:
+        """How many sequences of this length are continued at once: all that are wanted, or as many
+        as fit, with a warning, and one at least."""
+        dtype, free = self.model.tok_embeddings.weight.dtype, room.free_bytes(self._device)
+
+        def taken(slots: int) -> int:
+            need = room.need(self.model, slots, length, dtype)
+            return need.cache + need.work
+
+        if wanted == 1 or taken(wanted) <= free:
+            return wanted
+        slots = max(1, bisect_right(range(1, wanted), free, key=taken))
+        warnings.warn(
+            f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
+            f"{self._device} has {free / room.GIB:.1f} GiB free: {slots} at a time are continued",
+            stacklevel=2,
+        )
+        return slots
 
     def decoder(
         self, slots: int, length: int, settings: Settings, logprobs: bool = False
@@ -342,9 +391,9 @@ class LLaMA:
         need = room.cache_bytes(args, sequences, length, weight.dtype) / room.GIB
         free = room.free_bytes(weight.device) / room.GIB
         return MemoryError(
-            f"{sequences} sequences of {length} tokens need {need:.1f} GiB for keys and values and "
-            f"some for work, {weight.device} has {free:.1f} GiB free: pass fewer prompts at once "
-            "(--max_batch_size) or lower --max_gen_len"
+            f"{sequences} x {length} tokens need {need:.1f} GiB for keys and values and some for "
+            f"work, {weight.device} has {free:.1f} GiB free: lower --max_batch_size or "
+            "--max_gen_len"
         )
 
 
@@ -379,6 +428,17 @@ def model_folder(ckpt_dir: str | Path | None) -> Path:
             f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
         )
     return Path(os.path.expanduser(ckpt_dir))
+
+
+def in_order(results: Iterable[Completion]) -> list[Completion]:
+    return sorted(results, key=attrgetter("index"))
+
+
+def common_beginning(prompts: list[list[int]]) -> list[int]:
+    """The ids that all of several prompts begin with, the last id of each left out, whose logits
+    are needed; none if they are not worth a prefill of their own."""
+    shared = os.path.commonprefix([ids[:-1] for ids in prompts])
+    return shared if len(prompts) > 1 and len(shared) >= SHARED else []
 
 
 def uniform_numbers(seed: int, place: int, count: int) -> Tensor:

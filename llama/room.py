@@ -105,8 +105,8 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
         warnings.warn(
             f"{args.max_batch_size} sequences of {args.max_seq_len} tokens need "
             f"{(every.total - every.weights) / GIB:.1f} GiB, {device} has "
-            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: batches that large will "
-            "be refused (see python -m llama.memory)",
+            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: fewer will be "
+            "continued at once (see python -m llama.memory)",
             stacklevel=5,  # of whoever called LLaMA.build
         )
 

@@ -141,8 +141,8 @@ def test_stream_joins_to_the_answer(llm):
 def test_settings_of_chat_are_those_of_generate(llm):
     ids = conversation(MESSAGES, llm)
     for settings in ({"temperature": 0}, {"seed": 3, "top_k": 4}, {"seed": 3, "stop": "e"}):
-        *_, [row] = llm.steps([ids], Settings(20, **settings))
-        assert llm.chat(MESSAGES, 20, **settings) == row.text.strip()
+        [answer] = llm.complete([ids], Settings(20, **settings))
+        assert llm.chat(MESSAGES, 20, **settings) == answer.text.strip()
 
 
 def test_white_space_around_an_answer_is_left_out():

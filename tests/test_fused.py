@@ -182,8 +182,8 @@ def test_decode_agrees_with_one_prefill_of_its_result():
     """The prefill rounds activations to 8 bits, 1 % of a feature; the demo's logits then differ by
     0.05 (a divergence of 1e-3 nats). Scored one token late, they differ by some nats."""
     llm = LLaMA.build(device="cuda")
-    [row] = list(llm.steps(["The king"], Settings(60, temperature=0), logprobs=True))[-1]
-    scores = llm.score(["The king" + row.text])[0][-len(row.ids) :]
+    [row] = llm.complete(["The king"], Settings(60, temperature=0), logprobs=True)
+    scores = llm.score(["The king" + row.text])[0][-len(row.tokens) :]
     ours, theirs = torch.tensor(row.logprobs), torch.tensor(scores)
     assert (ours - theirs).abs().mean() < 0.1
     assert (ours[1:] - theirs[:-1]).abs().mean() > 0.3

@@ -113,8 +113,8 @@ def test_signatures_show_each_setting():
 def test_settings_arrive_where_they_belong(demo, monkeypatch):
     """Each by its place: no two change places between generate, stream and Settings."""
     values = 7, 0.5, 0.25, 1.5, 9, 0.75, 11, ("x",), 13, 0.125
-    seen = []
-    monkeypatch.setattr(demo, "steps", lambda _, settings: seen.append(settings) or iter([[]]))
+    seen, nothing = [], (_ for _ in ())
+    monkeypatch.setattr(demo, "steps", lambda _, settings: seen.append(settings) or nothing)
     demo.generate([], *values)
     demo.stream("", *values)
     assert seen == [Settings(*values)] * 2
@@ -122,11 +122,11 @@ def test_settings_arrive_where_they_belong(demo, monkeypatch):
 
 def check_logprobs(llm, prompts, settings):
     """Decoded step by step with a penalty, and scored at once without: the model's own."""
-    *_, rows = llm.steps(prompts, settings, logprobs=True)
+    rows = llm.complete(prompts, settings, logprobs=True)
     for prompt, row in zip(prompts, rows, strict=True):
-        ids = llm.tokenizer.encode(prompt, bos=True, eos=False) + row.ids
+        ids = llm.tokenizer.encode(prompt, bos=True, eos=False) + row.tokens
         every = torch.cat(list(llm.logits(ids[:-1]))).log_softmax(-1)
-        scores = every.gather(-1, torch.tensor(ids[1:])[:, None])[-len(row.ids) :, 0]
+        scores = every.gather(-1, torch.tensor(ids[1:])[:, None])[-len(row.tokens) :, 0]
         assert scores.tolist() == pytest.approx(row.logprobs, abs=1e-3)
     return rows
 
@@ -134,15 +134,16 @@ def check_logprobs(llm, prompts, settings):
 def test_logprobs_are_those_of_one_prefill(demo_float):
     settings = Settings(40, temperature=1.0, repetition_penalty=1.3, seed=2)
     rows = check_logprobs(demo_float, PROMPTS, settings)
-    assert [len(row.ids) for row in rows] == [40] * 3
+    assert [len(row.tokens) for row in rows] == [40] * 3
 
 
 def test_max_seq_len_ends_a_row_while_its_neighbour_goes_on(make_folder):
     llm = LLaMA.build(make_folder()[0], max_seq_len=16, device="cpu", use_int8=False)
     prompts = ["a" + " a" * 13, "The king and his queen", "A"]  # the first has room for one token
     rows = check_logprobs(llm, prompts, Settings(16, seed=1))
-    assert 1 == len(rows[0].ids) < len(rows[1].ids) < len(rows[2].ids)
-    assert [len(row.prompt_ids) + len(row.ids) for row in rows] == [16] * 3
+    assert 1 == len(rows[0].tokens) < len(rows[1].tokens) < len(rows[2].tokens)
+    lengths = map(len, encoded(llm, *prompts))
+    assert [count + len(row.tokens) for count, row in zip(lengths, rows)] == [16] * 3
     assert [row.finish_reason for row in rows] == ["length"] * 3
 
 
@@ -292,7 +293,7 @@ def test_stream_says_at_once_what_is_wrong(demo):
 
 def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
     monkeypatch.setattr(generation.room, "free_bytes", lambda device: 1000)
-    with pytest.raises(MemoryError, match=r"sequences of \d+ tokens need .* lower --max_gen_len"):
+    with pytest.raises(MemoryError, match=r"1 x \d+ tokens need .* lower .* --max_gen_len"):
         demo.generate(PROMPTS, 50)
 
 

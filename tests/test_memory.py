@@ -65,7 +65,9 @@ def test_a_batch_that_does_not_fit_is_a_warning(make_folder, monkeypatch):
     folder, _, _ = make_folder()
     needed = room.need(LLaMA.build(folder, device="cpu").model, 1, 512, torch.float32).total
     monkeypatch.setattr(room, "free_bytes", lambda device: needed)
-    with pytest.warns(UserWarning, match=r"32 sequences of 512 tokens need .* will be refused"):
+    with pytest.warns(
+        UserWarning, match=r"32 sequences of 512 tokens need .* fewer will be continued at once"
+    ):
         LLaMA.build(folder, device="cpu")
 
 
