@@ -289,7 +289,7 @@ class LLaMA:
 
     def _slots(self, wanted: int, length: int) -> int:
         """How many sequences of this length are continued at once: all that are wanted, or as many
-        as fit, with a warning, and one at least."""
+        as fit, with a warning; 1 if none does, which `decoder` refuses."""
         dtype, free = self.model.tok_embeddings.weight.dtype, room.free_bytes(self._device)
 
         def taken(slots: int) -> int:
@@ -298,13 +298,14 @@ class LLaMA:
 
         if wanted == 1 or taken(wanted) <= free:
             return wanted
-        slots = max(1, bisect_right(range(1, wanted), free, key=taken))
-        warnings.warn(
-            f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
-            f"{self._device} has {free / room.GIB:.1f} GiB free: {slots} at a time are continued",
-            stacklevel=2,
-        )
-        return slots
+        fit = bisect_right(range(1, wanted), free, key=taken)
+        if fit:
+            warnings.warn(
+                f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
+                f"{self._device} has {free / room.GIB:.1f} GiB free: {fit} at a time are continued",
+                stacklevel=2,
+            )
+        return max(fit, 1)
 
     def decoder(
         self, slots: int, length: int, settings: Settings, logprobs: bool = False

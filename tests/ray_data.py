@@ -15,18 +15,20 @@ from llama.__main__ import read_prompts
 from llama.cli import run
 from llama.generation import check_prompts
 
-BATCH = 8  # prompts continued at once on a GPU
+# Prompts in one call, for which a LLaMA has max_batch_size slots. The last ones of a call leave
+# slots empty, and what a call has done is lost if it is interrupted.
+BATCH = 512
 
 
 class Continue:
     """What each GPU does: Ray makes one of these there and calls it with batches of prompts."""
 
     def __init__(self, max_gen_len: int, **options):
-        self.llm, self.max_gen_len = LLaMA.build(**options, max_batch_size=BATCH), max_gen_len
+        self.llm, self.max_gen_len = LLaMA.build(**options), max_gen_len
 
     def __call__(self, batch: dict) -> dict:
         prompts = batch["prompt"].tolist()
-        return {"prompt": prompts, "result": self.llm.generate(prompts, self.max_gen_len)}
+        return {**batch, "result": self.llm.generate(prompts, self.max_gen_len)}
 
 
 def main(
@@ -37,7 +39,7 @@ def main(
     max_seq_len: int = 512,
     max_gen_len: int = 64,
 ):
-    """Continues the prompts of a file on all GPUs.
+    """Continues the prompts of a file on all GPUs; `index` is the place of each, from 0.
 
     Args:
         prompt_file: file with a prompt a line, as JSON if it ends in .jsonl
@@ -50,12 +52,13 @@ def main(
     if Path(out_dir).exists():
         raise ValueError(f"{out_dir} is there already: pass another --out_dir")
     options = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len}
-    prompts = read_prompts(prompt_file)
+    prompts = [record["prompt"] for record in read_prompts(prompt_file)]
     check_prompts(prompts, **options)  # a mistake is one line here, and pages from Ray
     Settings(max_gen_len)
     ray.init()
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    ray.data.from_items([{"prompt": prompt} for prompt in prompts]).map_batches(
+    records = [{"index": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
+    ray.data.from_items(records).map_batches(
         Continue,
         fn_constructor_kwargs={"max_gen_len": max_gen_len, **options},
         batch_size=BATCH,

@@ -1,5 +1,6 @@
 """Does it talk, and is each row what it would be alone?"""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -78,6 +79,116 @@ def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
     ids = [list(column) for column in zip(*steps)]
     assert ids[0] == beside_two(one, 10)[0] + beside_two(new, 12)[0]
     assert ids[1] == beside_two(one, 22)[1]
+
+
+LIST = [*PROMPTS, "A fox", "Once", "The old king and his daughter", "An apple"]
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """(slot, start, tokens) of each prefill, None for each step."""
+    seen, prefill, step = [], decode.TorchEngine.prefill, decode.TorchEngine.step
+
+    def prefilled(self, slot, tokens, start=0):
+        seen.append((slot, start, len(tokens)))
+        return prefill(self, slot, tokens, start)
+
+    monkeypatch.setattr(decode.TorchEngine, "prefill", prefilled)
+    monkeypatch.setattr(decode.TorchEngine, "step", lambda *args: seen.append(None) or step(*args))
+    return seen
+
+
+@pytest.fixture
+def slots(monkeypatch):
+    """slots(llm, n): for this test it continues n prompts at a time."""
+
+    def set_slots(llm, n):
+        args = dataclasses.replace(llm.model.args, max_batch_size=n)
+        monkeypatch.setattr(llm.model, "args", args)
+
+    return set_slots
+
+
+def test_slots_are_refilled_and_each_text_is_what_it_is_alone(demo_float, prefills, slots):
+    """Each prompt comes into the slot that is free first, and the last row ends alone."""
+    settings = {"max_gen_len": 40, "seed": 3, "stop": ["the", "."], "temperature": 1.2}
+    slots(demo_float, 1)
+    alone = demo_float.generate(LIST, **settings)
+    slots(demo_float, 3)
+    prefills.clear()
+    results = list(demo_float.completions(LIST, Settings(**settings), logprobs=True))
+    in_order = sorted(results, key=lambda result: result.index)
+    assert [result.prompt + result.text for result in in_order] == alone
+    assert [result.index for result in in_order] == list(range(len(LIST)))
+    assert results != in_order  # as they end
+    for result in results:
+        assert result.prompt == LIST[result.index]
+        assert result.finish_reason in ("stop", "length")
+        assert len(result.tokens) == len(result.logprobs)
+        assert 0 < result.seconds_to_first_token <= result.seconds
+    filled = [event[0] for event in prefills if event]
+    assert filled[:3] == [0, 1, 2] and len(filled) == len(LIST)
+    ends, lengths = [0] * 3, [len(result.tokens) for result in in_order]
+    for length in lengths:
+        ends[ends.index(min(ends))] += length
+    # A row whose end the host has just read is refilled at once: no step goes by without it.
+    assert prefills.count(None) == max(ends) - 1
+
+
+def test_a_list_that_is_left_or_fails_lets_go_of_its_decoder(demo, monkeypatch):
+    closed, close = [], Decoder.close
+    monkeypatch.setattr(Decoder, "close", lambda self: closed.append(1) or close(self))
+    results = demo.completions(LIST, Settings(5, seed=1))
+    assert next(results).index == 0
+    results.close()
+    assert closed == [1]
+    monkeypatch.setattr(generation, "next_token", lambda *_, **__: torch.tensor([-1]))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        demo.complete(LIST, Settings(5))
+    assert closed == [1, 1]
+
+
+STORY = "Once upon a time there was a king who had three sons, and the youngest of them was called "
+STORY += "simple, because he said little. One day the king called his sons and said: "
+
+
+def test_what_all_prompts_begin_with_is_prefilled_once(demo_float, prefills, slots, monkeypatch):
+    """With the texts of prompts that share nothing, in refilled slots too; skipping some changes
+    nothing for the others."""
+    prompts = [STORY + end for end in ("go", "sit down", "go and look for the fox", "eat")] * 2
+    ids = encoded(demo_float, *prompts)
+    settings = Settings(12, seed=4)
+    slots(demo_float, 3)
+    together = demo_float.complete(prompts, settings)
+    shared = prefills[0][2]
+    assert prefills[0] == (0, 0, shared) and shared >= 32
+    assert [e[1:] for e in prefills[1:] if e] == [(shared, len(row) - shared) for row in ids]
+    steps = demo_float.steps(prompts, settings, skip={0, 1, 2, 4, 6})
+    rest = {row.index: row.text for rows in steps for row in rows if row.finish_reason}
+    assert rest == {place: together[place].text for place in (3, 5, 7)}
+    monkeypatch.setattr(generation, "SHARED", 10**6)
+    prefills.clear()
+    apart = demo_float.complete(prompts, settings)
+    assert [result.text for result in apart] == [result.text for result in together]
+    assert [event[1:] for event in prefills if event] == [(0, len(row)) for row in ids]
+
+
+def test_n_continuations_take_one_prefill(demo_float, prefills):
+    texts = demo_float.generate([STORY] * 4, 12, seed=1)
+    length = len(encoded(demo_float, STORY)[0])
+    assert [e[1:] for e in prefills if e] == [(0, length - 1)] + [(length - 1, 1)] * 4
+    assert len(set(texts)) == 4 and texts[0] == demo_float.generate([STORY], 12, seed=1)[0]
+
+
+def test_fewer_slots_where_memory_is_short(demo, monkeypatch):
+    expected, made, cache = demo.generate(LIST, 30, seed=1), [], decode.KVCache
+    length = max(map(len, encoded(demo, *LIST))) + 30
+    need = generation.room.need(demo.model, 3, length, torch.float32)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: need.cache + need.work)
+    monkeypatch.setattr(decode, "KVCache", lambda *a: made.append(a[1]) or cache(*a))
+    with pytest.warns(UserWarning, match=r"7 sequences of \d+ tokens need .*: 3 at a time are"):
+        assert demo.generate(LIST, 30, seed=1) == expected
+    assert made == [3]
 
 
 def test_pieces_join_to_what_generate_returns(demo):

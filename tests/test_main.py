@@ -3,10 +3,12 @@
 import inspect
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -60,6 +62,8 @@ def test_files_and_standard_input(run, tmp_path, demo):
         assert status == 0, err
         results = [json.loads(line) for line in out.splitlines()]
         assert [one["prompt"] + one["text"] for one in results] == expected
+        ids = [one.get("id") for one in results]  # other keys come through
+        assert ids == ([None, 5] if b"id" in (stdin or file.read_bytes()) else [None] * 2)
     for end in (b"", b"\n"):  # of echo
         status, out, _ = run("--prompt", "-", *short, stdin=b"two\nlines" + end)
         assert json.loads(out)["prompt"] == "two\nlines"
@@ -70,12 +74,85 @@ def test_json_has_what_was_generated(run, demo):
     status, out, _ = run("--prompt_file=-", *words, stdin=b"One day\nThe king")
     assert status == 0
     expected = demo.generate(["One day", "The king"], 12, seed=2, stop=["."])
-    results = [json.loads(line) for line in out.splitlines()]
+    results = sorted(map(json.loads, out.splitlines()), key=lambda one: one["index"])
     assert [one["prompt"] + one["text"] for one in results] == expected
     for one in results:
         assert one["finish_reason"] in ("stop", "length")
         assert len(one["tokens"]) == len(one["logprobs"]) and max(one["logprobs"]) < 0
         assert 0 < one["seconds_to_first_token"] <= one["seconds"]
+
+
+def untimed(lines):
+    results = [json.loads(line) for line in lines]
+    return [{key: one[key] for key in one if "seconds" not in key} for one in results]
+
+
+def test_a_run_that_was_interrupted_goes_on(run, tmp_path):
+    """Wherever its file ends: each result is there once, as if nothing had happened."""
+    prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    records = [{"prompt": f"{text} {i}", "id": -i} for i in range(3) for text in ("A", "The king")]
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    words = ["--prompt_file", prompts, "--seed=3", "--max_gen_len=5", "--resume", results]
+    words += ["--max_batch_size=2", "--logprobs", "--stop=e"]
+    status, out, err = run(*words)
+    assert (status, out) == (0, "") and "6/6" in err
+    whole = results.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    expected = untimed(sorted(lines, key=lambda line: json.loads(line)["index"]))
+    assert [(one["index"], one["id"]) for one in expected] == [(i, -(i // 2)) for i in range(6)]
+    starts = [0, len(lines[0]), len(lines[0] + lines[1])]
+    for end in (0, 5, *starts[1:], starts[1] + 40, starts[2] - 1, len(whole) - 1, len(whole)):
+        results.write_bytes(whole[:end])
+        assert run(*words)[0] == 0
+        assert results.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, end) + 1])
+        found = results.read_bytes().splitlines()
+        assert untimed(sorted(found, key=lambda line: json.loads(line)["index"])) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"index": 0, "prompt": "B"}\n', """line 1 is '{"index": 0, "prompt": "B"}', expected"""),
+        ('{"index": 1, "prompt": "A"}\n', "line 1 is"),
+        ("A\n", "line 1 is 'A', expected the result of one of these prompts: pass the prompts"),
+        ("A", "ends in 'A', expected a line that --resume wrote: pass another file"),
+    ],
+)
+def test_another_file_is_not_resumed(run, tmp_path, content, message):
+    """Nor changed, and the model is not loaded."""
+    (tmp_path / "file").write_text(content)
+    status, out, err = run("--prompt=A", "--resume", tmp_path / "file")
+    assert (status, out) == (1, "") and message in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == content
+
+
+@pytest.mark.slow
+def test_a_list_that_is_killed_again_and_again_has_every_result_once(tmp_path):
+    """By SIGKILL, at random moments of a real process."""
+    prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("".join(f"The king said {i}\n" for i in range(300)))
+    command = [sys.executable, "-m", "llama", "--prompt_file", prompts, "--device=cpu"]
+    command += ["--seed=1", "--max_gen_len=30", "--max_batch_size=8", "--resume"]
+    subprocess.run([*command, tmp_path / "whole.jsonl"], cwd=ROOT, check=True, capture_output=True)
+    chance, kills = random.Random(1), 0
+    for _ in range(100):
+        with subprocess.Popen([*command, results], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            before = results.stat().st_size if results.exists() else 0
+            more = before + chance.randrange(40_000)
+            while process.poll() is None and (
+                not results.exists() or results.stat().st_size < more
+            ):
+                time.sleep(0.001)
+            process.kill()
+        if process.returncode == 0:
+            break
+        kills += 1
+    assert process.returncode == 0 and kills > 2
+    whole, found = (
+        untimed(sorted(file.read_text().splitlines(), key=lambda line: json.loads(line)["index"]))
+        for file in (tmp_path / "whole.jsonl", results)
+    )
+    assert found == whole and [one["index"] for one in found] == list(range(300))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def test_every_prompt_is_continued_once(tmp_path, make_folder):
     assert "deprecated" not in done.stderr
     files = (tmp_path / "results").glob("*.json")
     results = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert sorted(result["prompt"] for result in results) == sorted(prompts)
+    results.sort(key=lambda result: result["index"])
+    assert [result["prompt"] for result in results] == prompts
     for result in results:
         assert result["result"].startswith(result["prompt"])
         assert len(result["result"]) > len(result["prompt"]) + 20
