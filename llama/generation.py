@@ -254,7 +254,7 @@ class LLaMA:
             return
         # The whole list decides these, so that what is skipped changes no number.
         length = max(len(row.prompt_ids) + row.limit for row in rows)
-        slots = 1 if kept else self._slots(min(len(rows), self.model.args.max_batch_size), length)
+        slots = 1 if kept else self._slots(len(rows), length)
         shared = common_beginning([row.prompt_ids for row in rows])
         going: dict[int, Continuation] = {}  # by slot
         decoder = kept
@@ -287,19 +287,21 @@ class LLaMA:
             if decoder is not kept:
                 decoder.close()
 
-    def _slots(self, wanted: int, length: int) -> int:
-        """How many sequences of this length are continued at once: all that are wanted, or as many
-        as fit, with a warning; 1 if none does, which `decoder` refuses."""
+    def _slots(self, sequences: int, length: int) -> int:
+        """How many sequences of this length are continued at once: max_batch_size, or as many as
+        fit, with a warning; 1 if none does, which `decoder` refuses."""
         dtype, free = self.model.tok_embeddings.weight.dtype, room.free_bytes(self._device)
+        wanted = min(sequences, self.model.args.max_batch_size)
 
         def taken(slots: int) -> int:
             need = room.need(self.model, slots, length, dtype)
             return need.cache + need.work
 
-        if wanted == 1 or taken(wanted) <= free:
-            return wanted
-        fit = bisect_right(range(1, wanted), free, key=taken)
-        if fit:
+        with self._turn():
+            fit = (
+                wanted if taken(wanted) <= free else bisect_right(range(1, wanted), free, key=taken)
+            )
+        if 0 < fit < wanted:
             warnings.warn(
                 f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
                 f"{self._device} has {free / room.GIB:.1f} GiB free: {fit} at a time are continued",
