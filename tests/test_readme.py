@@ -47,6 +47,7 @@ def test_every_command_is_known():
         "python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model"
         " --max_batch_size=1",
         "python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8",
+        "python -m llama --prompt_file prompts.jsonl --resume results.jsonl --ckpt_dir /w/13B",
         "python tests/ray_data.py prompts.jsonl results --ckpt_dir /w/13B",  # test_ray_data.py
     ]
     assert "grep '^pip install' README.md" in (ROOT / ".ci" / "run").read_text()
@@ -104,14 +105,16 @@ def test_commands_with_llama_3(run, llama3_folder, tmp_path):
     assert first.strip() and second.startswith(first) and len(second) > len(first)
 
 
-def test_commands_with_metas_weights(run, make_folder):
+def test_commands_with_metas_weights(run, make_folder, monkeypatch):
     folder, _, _ = make_folder(2, name="13B")
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    example, quantize = (
-        run(command.replace("/w/", f"{folder.parent}/")) for command in COMMANDS[9:11]
+    monkeypatch.chdir(folder)
+    (folder / "prompts.jsonl").write_text('{"prompt": "A fox", "id": 5}')
+    example, quantize, resume = (
+        run(command.replace("/w/", f"{folder.parent}/")) for command in COMMANDS[9:12]
     )
     assert example.startswith("Once upon a time")
-    assert quantize == ""
+    assert quantize == resume == "" and '"id": 5' in (folder / "results.jsonl").read_text()
     assert (folder.parent / "13B_int8" / "tokenizer.model").is_file()
 
 
