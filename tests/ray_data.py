@@ -15,8 +15,7 @@ from llama.__main__ import read_prompts
 from llama.cli import run
 from llama.generation import check_prompts
 
-# Prompts in one call, for which a LLaMA has max_batch_size slots. The last ones of a call leave
-# slots empty, and what a call has done is lost if it is interrupted.
+# Most prompts in one call, whose last ones leave slots empty; if it is interrupted, all are lost.
 BATCH = 512
 
 
@@ -57,12 +56,13 @@ def main(
     Settings(max_gen_len)
     ray.init()
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    models = gpus or 2
     records = [{"index": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
     ray.data.from_items(records).map_batches(
         Continue,
         fn_constructor_kwargs={"max_gen_len": max_gen_len, **options},
-        batch_size=BATCH,
-        compute=ray.data.ActorPoolStrategy(size=gpus or 2),
+        batch_size=min(BATCH, -(-len(prompts) // models)),
+        compute=ray.data.ActorPoolStrategy(size=models),
         **({"num_gpus": 1} if gpus else {"num_cpus": 0.25}),  # leaves Ray CPUs to write with
     ).write_json(out_dir)
 
