@@ -22,7 +22,6 @@ from tqdm import tqdm
 import llama
 from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
-from llama.continuation import Continuation
 from llama.generation import LLaMA, check_prompts
 from llama.room import size
 from llama.settings import Settings
@@ -95,13 +94,6 @@ def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
     return results, done
 
 
-def json_line(record: dict, row: Continuation, logprobs: bool) -> str:
-    fields = asdict(row.completion())
-    if not logprobs:
-        del fields["logprobs"]
-    return dumps({"index": row.index} | record | fields)
-
-
 def answer(
     llm: LLaMA,
     records: list[dict],
@@ -132,8 +124,8 @@ def answer(
             for row in ended:
                 prompt_tokens += len(row.prompt_ids)
                 if json:
-                    line = json_line(records[row.index], row, logprobs)
-                    tqdm.write(line, file=results or sys.stdout)
+                    result = {"index": row.index} | records[row.index] | asdict(row.completion())
+                    tqdm.write(dumps(result), file=results or sys.stdout)
                 elif not stream:
                     texts[row.index] = printable(row.prompt + row.text)
             while shown in texts:
@@ -228,7 +220,7 @@ def main(
         resume: file to which these lines go instead; prompts whose line is there are left out, so
             that a run that was interrupted goes on if it is started again (and has the same texts
             with a --seed)
-        logprobs: with --json or --resume, adds the log-probability of each new token
+        logprobs: with --json or --resume, has the log-probability of each new token in the lines
         version: prints the version of this program
     """
     if version:
@@ -249,7 +241,7 @@ def main(
         )
     prompts = [record["prompt"] for record in records]
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
-    results, done = open_results(resume, records) if resume else (None, ())
+    results, done = (None, ()) if resume is None else open_results(resume, records)
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
     llm = LLaMA.build(*files, *limits, use_int8, device, engine)
     if records:

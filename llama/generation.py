@@ -298,9 +298,9 @@ class LLaMA:
             return need.cache + need.work
 
         with self._turn():
-            fit = (
-                wanted if taken(wanted) <= free else bisect_right(range(1, wanted), free, key=taken)
-            )
+            fit = wanted
+            if taken(wanted) > free:
+                fit = bisect_right(range(1, wanted), free, key=taken)
         if 0 < fit < wanted:
             warnings.warn(
                 f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
