@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.device import use_cores
-from llama.int8 import Int8Linear, allocate, check_finite, quantize
+from llama.int8 import Int8Linear, allocate, check_finite, check_saved, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.params import INT8_FORMAT, read_params
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
@@ -214,7 +214,8 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
 def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: int):
     """ValueError unless `of` pieces like this one, joined on dim, make this tensor of the model."""
     file, shape = piece.path.name, tuple(tensor.shape)
-    dtypes = FLOATS if tensor.is_floating_point() else (tensor.dtype,)
+    of_int8_form = name.endswith(".SCB") or not tensor.is_floating_point()
+    dtypes = (tensor.dtype,) if of_int8_form else FLOATS
     if piece.dtype not in dtypes:
         raise ValueError(
             f"{name} in {file} is {piece.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
@@ -263,7 +264,7 @@ def stream(
     title: str,
 ) -> Iterator[Weight]:
     """Fills the model's tensors (see targets_in) in several threads, and yields each weight, in
-    order, when it is in its place. ValueError if a value is not finite."""
+    order, when it is in its place. ValueError as from fill."""
     threads = min(torch.get_num_threads(), MOST_THREADS)
     buffers = [Buffer(), Buffer(), Buffer(pinned=True), Buffer(pinned=True)]
     running = deque()
@@ -295,7 +296,7 @@ def stream(
 
 def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
     """Loads one block of a weight into its targets, as values or as codes and scales, by way of
-    pinned memory on CUDA. ValueError if a value is not finite."""
+    pinned memory on CUDA. ValueError if a value is not finite, or not as quantize makes it."""
     to_read, to_join, *pinned = buffers
     here = [
         buffer.view(target.shape, target.dtype) if target.is_cuda else target
@@ -312,7 +313,9 @@ def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tu
     try:
         if quantizes:
             quantize(values, *here)
-        elif out.is_floating_point():
+        elif name.endswith(".SCB") or out.dtype == torch.int8:
+            check_saved(out)
+        else:
             check_finite(*out.aminmax())
     except ValueError as error:
         files = " or ".join(piece.path.name for piece in block)

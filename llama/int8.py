@@ -99,6 +99,14 @@ def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
     CB.copy_(x.mul_(127 / SCB[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round_())
 
 
+def check_saved(values: Tensor) -> None:
+    """ValueError unless values, codes in int8 or scales in float32, are such as quantize makes."""
+    least, most = (-127, 127) if values.dtype == torch.int8 else (0, 65504)
+    low, high = values.aminmax()
+    if not least <= low.item() <= high.item() <= most:
+        raise ValueError("holds codes or scales that bitsandbytes makes of no fp16 weights")
+
+
 def check_finite(*values: Tensor) -> None:
     """ValueError unless each value, a tensor of one, is a number."""
     if not all(math.isfinite(value.item()) for value in values):

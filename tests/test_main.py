@@ -90,6 +90,7 @@ def test_json_has_what_was_generated(run, demo):
         (["--prompt=a", f"--seed={'-' * 5000}1"], "seed is '-----"),
         (["--prompt=a", f"--seed={'1+' * 5000}1"], "seed is '1+1+1"),
         (["--prompt=a", f"--ckpt_dir=/{'x' * 4000}"], "File name too long: '/xxx"),
+        (["--prompt=a", "--ckpt_dir=/a\nb\0"], r"/a\nb\x00 does not exist: pass the model folder"),
         (["--prompt=" + "a " * 600], "prompt 1 has"),
         (["--prompt_file=/nowhere"], "'/nowhere' does not exist: pass a text file"),
         (["--prompt_file", ROOT / "llama/demo/tokenizer.model"], "is not UTF-8 text (byte "),
