@@ -1,5 +1,6 @@
 """Do the files become the right model, whatever the number of shards?"""
 
+import hashlib
 import json
 import warnings
 
@@ -197,6 +198,27 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(make_folder, monkey
     monkeypatch.setattr(checkpoint, "stream", None)  # nothing may be loaded
     with pytest.raises(MemoryError, match=r"needs 0.0 GiB for weights .* lower --max_seq_len"):
         LLaMA.build(folder, device="cpu")
+
+
+def test_shards_that_changed_places(make_folder):
+    folder = make_folder(2)[0]
+    (first, second), checklist = sorted(folder.glob("*.pth")), folder / "checklist.chk"
+    sums = [hashlib.md5(path.read_bytes()).hexdigest() for path in (first, second)]
+    with pytest.raises(FileNotFoundError, match="no checklist.chk in .*: fetch it"):
+        logits(folder, verify=True)
+    checklist.write_text(f"{sums[0]}  {first.name}\n{sums[1].upper()} *{second.name}\r\n")
+    expected = logits(folder, verify=True)
+    first.rename(folder / "other")
+    second.rename(first)
+    (folder / "other").rename(second)
+    assert not torch.equal(logits(folder), expected)
+    wrong = rf"{first.name} has md5 sum {sums[1]}, checklist.chk says {sums[0]}: take both"
+    with pytest.raises(ValueError, match=wrong):
+        logits(folder, verify=True)
+    checklist.write_text("nothing")
+    with pytest.raises(ValueError, match="checklist.chk says nothing of it: take both"):
+        quantize.main(str(folder), f"{folder}_int8")
+    assert not (folder.parent / "tiny_int8").exists()
 
 
 def test_shards_saved_without_sums(make_folder):
