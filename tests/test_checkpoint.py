@@ -3,13 +3,16 @@
 import hashlib
 import json
 import warnings
+from contextlib import closing
 
 import oracle
 import pytest
 import torch
 from checkpoints import tiny_params, write_checkpoint
+from conftest import vocab_size
 
 from llama import LLaMA, ModelArgs, Transformer, checkpoint, quantize, room
+from llama.shards import open_shards
 
 TOKENS = [1, 17, 30, 5, 5, 99, 2, 64, 31, 8, 77, 12, 50]
 
@@ -101,10 +104,15 @@ def test_the_int8_bound_can_fail(make_folder):
     assert rounding_error(make_folder, 7) > 0.022
 
 
-def test_every_codes_and_scales_equal_bitsandbytes(make_folder):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_codes_and_scales_equal_bitsandbytes(make_folder, dtype):
     import bitsandbytes as bnb
 
-    folder, _, weights = make_folder(4, torch.bfloat16)
+    folder, params, weights = make_folder(4, dtype)
+    for weight in weights.values():
+        if weight.dim() == 2:
+            weight[0] *= 2**-12  # where fp16 has fewer bits than bf16
+    write_checkpoint(folder, params, weights, 4)
     model = LLaMA.build(folder, device="cpu").model
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
@@ -112,6 +120,17 @@ def test_every_codes_and_scales_equal_bitsandbytes(make_folder):
             theirs = theirs.to("cpu")
             assert torch.equal(module.state.CB, theirs.CB), name
             assert torch.equal(module.state.SCB, theirs.SCB), name
+
+
+def test_few_weights_are_in_memory_before_the_first_is_used(make_folder):
+    folder, params, _ = make_folder(n_layers=4)
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params | {"vocab_size": vocab_size()}))
+    planned = checkpoint.plan(model, open_shards(folder))
+    with closing(checkpoint.stream(planned, model, torch.device("cpu"), None, "")) as done:
+        next(done)
+        held = [name for name, x in model.state_dict().items() if not x.is_meta]
+    assert len(planned) > 30 and 0 < len(held) < 20
 
 
 def test_progress_and_summary_go_to_stderr(make_folder, capfd):
