@@ -7,7 +7,8 @@
 # A file grows as NAME.part and becomes NAME once its md5 sum is right, so the same command again
 # skips what is there and resumes what is not.
 # Limits: the sums are LLaMA 1's. That of params.json comes from checklist.chk, by the same link.
-# Two runs at once in one folder spoil each other's .part (the sum tells). Runs in bash 3.2.
+# Of two runs in one folder the second stops; it cannot see one of another user or machine. Runs in
+# bash 3.2.
 set -euf -o pipefail # -f: neither the link's * nor anything else here is a file pattern
 
 SUMS="
@@ -128,7 +129,18 @@ case $folder in
 esac
 
 status=$folder/.http_status # curl's, as a background process cannot set a variable
-trap 'rm -f "$status"' EXIT
+lock=$folder/.downloading # holds the process that downloads here; a killed one left it
+claim() { (set -C; : > "$lock") 2> /dev/null; } # -C: unless it is there
+mkdir -p "$folder" 2> /dev/null || die "cannot make $folder: choose another folder"
+if ! claim; then
+  [ -e "$lock" ] || die "cannot write $lock: free space or choose another folder"
+  other=$(< "$lock")
+  if [ -n "$other" ] && ! kill -0 "$other" 2> /dev/null; then rm -f "$lock"; fi
+  claim ||
+    die "another run (process ${other:-unknown}) is downloading to $folder: let it end, or delete $lock"
+fi
+trap 'rm -f "$status" "$lock"' EXIT
+echo $$ 2> /dev/null > "$lock" || die "cannot write $lock: free space or choose another folder"
 fetch tokenizer.model
 fetch tokenizer_checklist.chk
 for size in ${sizes//,/ }; do

@@ -23,6 +23,7 @@ def main(
     use_int8: bool = True,
     device: str | None = None,
     engine: str = "triton",
+    verify: bool = False,
     max_gen_len: int = 256,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -42,7 +43,7 @@ def main(
     Settings(*settings)  # checked before the weights are loaded, as the prompts are
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     llm = LLaMA.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device, engine
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device, engine, verify
     )
     if len(prompts) == 1:
         print(printable(prompts[0]), end="", flush=True)

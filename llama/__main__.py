@@ -195,6 +195,7 @@ def main(
     use_int8: bool = True,
     device: str | None = None,
     engine: str = "triton",
+    verify: bool = False,
     max_gen_len: int = 256,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -243,7 +244,7 @@ def main(
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     results, done = (None, ()) if resume is None else open_results(resume, records)
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
-    llm = LLaMA.build(*files, *limits, use_int8, device, engine)
+    llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify)
     if records:
         with results or nullcontext():
             answer(llm, records, settings, json, logprobs, results, done)

@@ -9,17 +9,20 @@ blocks a thread on CUDA and at the finished model on the CPU.
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
 
@@ -28,12 +31,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.device import use_cores
-from llama.int8 import Int8Linear, allocate, check_finite, quantize
+from llama.int8 import Int8Linear, allocate, check_finite, check_saved, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.params import INT8_FORMAT, read_params
 from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
 from llama.shards import Buffer, Piece, one_line, open_shards, some_of
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, read_bytes
 
 # Values that a thread quantizes at once, and threads. 13B on 16 cores: 4.0 to 4.4 s; 2^23: 5.5,
 # 2^21: 5.5, 2^20: 10.5, since threads wait for Python between calls of torch; 16 threads: 4.1 to
@@ -41,6 +44,7 @@ from llama.tokenizer import Tokenizer
 VALUES_A_BLOCK = 2**22
 MOST_THREADS = 8
 BYTES_A_BLOCK = 2**22  # that a thread reads at once where nothing is to be quantized
+LARGEST_CHECKLIST = 2**20  # bytes; Meta's have at most 500
 AHEAD = 4  # weights that load concurrently after the one that is waited for
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
@@ -131,6 +135,8 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
             f"the int8 form needs {size(needed)}, {disk} has {size(free)} free: make room there or "
             "pass an --out_dir on another disk"
         )
+    if (ckpt_dir / "checklist.chk").exists():
+        verify(ckpt_dir)
 
     unfinished.mkdir(parents=True)
     try:
@@ -168,14 +174,67 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
         ) from None
 
 
+def verify(ckpt_dir: Path) -> None:
+    """Compares the shards' md5 sums with those in checklist.chk, as md5sum writes them: one core
+    does 0.6 GB/s of each shard. FileNotFoundError without such a list, ValueError if one differs:
+    shards that changed places look right otherwise."""
+    checklist = ckpt_dir / "checklist.chk"
+    if not checklist.is_file():
+        raise FileNotFoundError(
+            f"no checklist.chk in {ckpt_dir}: fetch it from where the shards came from, or load "
+            "the model without --verify"
+        )
+    lines = re.findall(rb"^(\w{32}) [ *](.+?)\r?$", read_bytes(checklist, LARGEST_CHECKLIST), re.M)
+    expected = {os.fsdecode(name): md5.decode().lower() for md5, name in lines}
+    paths = [ckpt_dir / name for name in open_shards(ckpt_dir)]
+    title = f"Verifying {one_line(ckpt_dir.resolve().name)}"
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in paths]
+        sums = [hashlib.md5(usedforsecurity=False) for _ in paths]
+        bar = stack.enter_context(progress(sum(path.stat().st_size for path in paths), title))
+        pool = stack.enter_context(ThreadPoolExecutor(MOST_THREADS))
+        while done := sum(pool.map(hash_block, files, sums)):
+            bar.update(done / GIB)
+    for path, md5 in zip(paths, sums):
+        if md5.hexdigest() != expected.get(path.name):
+            raise ValueError(
+                f"{path} has md5 sum {md5.hexdigest()}, checklist.chk says "
+                f"{expected.get(path.name, 'nothing of it')}: take both from one model, or "
+                "download the shard again"
+            )
+
+
+def hash_block(file: BufferedReader, md5) -> int:
+    """Adds the next bytes of a file to its sum; returns how many."""
+    try:
+        block = file.read(BYTES_A_BLOCK)
+    except OSError as error:
+        raise OSError(
+            f"{file.name} could not be read ({error.strerror}): look after its disk, and run again"
+        ) from None
+    md5.update(block)
+    return len(block)
+
+
+def progress(nbytes: int, title: str) -> tqdm:
+    """A bar on stderr that counts GiB."""
+    return tqdm(
+        disable=sys.stderr is None,  # a service, or pythonw
+        total=nbytes / GIB,
+        desc=title,
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
+        "{remaining} left",
+    )
+
+
 def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
     return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
 
 
 def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
     """Each tensor of the model once, in its order; ValueError names the first that does not fit,
-    and whatever is missing or left over. Two shards that changed places look right: only their md5
-    sums tell. Llama 3.2's files have no output head: it is the embeddings again."""
+    and whatever is missing or left over. Two shards that changed places look right: only `verify`
+    tells. Llama 3.2's files have no output head: it is the embeddings again."""
     tied = model.args.use_scaled_rope and not any("output.weight" in s for s in shards.values())
     if tied and not holds_int8(shards):
         for shard in shards.values():
@@ -214,7 +273,8 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
 def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: int):
     """ValueError unless `of` pieces like this one, joined on dim, make this tensor of the model."""
     file, shape = piece.path.name, tuple(tensor.shape)
-    dtypes = FLOATS if tensor.is_floating_point() else (tensor.dtype,)
+    of_int8_form = name.endswith(".SCB") or not tensor.is_floating_point()
+    dtypes = (tensor.dtype,) if of_int8_form else FLOATS
     if piece.dtype not in dtypes:
         raise ValueError(
             f"{name} in {file} is {piece.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
@@ -263,17 +323,11 @@ def stream(
     title: str,
 ) -> Iterator[Weight]:
     """Fills the model's tensors (see targets_in) in several threads, and yields each weight, in
-    order, when it is in its place. ValueError if a value is not finite."""
+    order, when it is in its place. ValueError as from fill."""
     threads = min(torch.get_num_threads(), MOST_THREADS)
     buffers = [Buffer(), Buffer(), Buffer(pinned=True), Buffer(pinned=True)]
     running = deque()
-    bar = tqdm(
-        disable=sys.stderr is None,  # a service, or pythonw
-        total=sum(weight.nbytes for weight in planned) / GIB,
-        desc=title,
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.2f}/{total:.2f} GiB{postfix}, "
-        "{remaining} left",
-    )
+    bar = progress(sum(weight.nbytes for weight in planned), title)
     with bar, ThreadPoolExecutor(threads, initializer=use_cores, initargs=(1,)) as pool:
         try:
             for weight in planned:
@@ -295,7 +349,7 @@ def stream(
 
 def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
     """Loads one block of a weight into its targets, as values or as codes and scales, by way of
-    pinned memory on CUDA. ValueError if a value is not finite."""
+    pinned memory on CUDA. ValueError if a value is not finite, or not as quantize makes it."""
     to_read, to_join, *pinned = buffers
     here = [
         buffer.view(target.shape, target.dtype) if target.is_cuda else target
@@ -312,7 +366,9 @@ def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tu
     try:
         if quantizes:
             quantize(values, *here)
-        elif out.is_floating_point():
+        elif name.endswith(".SCB") or out.dtype == torch.int8:
+            check_saved(out)
+        else:
             check_finite(*out.aminmax())
     except ValueError as error:
         files = " or ".join(piece.path.name for piece in block)

@@ -65,6 +65,7 @@ class LLaMA:
         use_int8: bool = True,
         device: str | torch.device | None = None,
         engine: str = "triton",
+        verify: bool = False,
     ) -> "LLaMA":
         """Loads a model folder in Meta's format; without a folder, the small demo model.
 
@@ -79,14 +80,18 @@ class LLaMA:
             use_int8: False keeps the weights in fp16 (float32 on the CPU)
             device: cuda, cuda:1 or cpu (CUDA if there is any)
             engine: int8 on CUDA: triton (our kernels) or bnb (bitsandbytes, the reference)
+            verify: compares the shards' md5 sums with checklist.chk first
         """
-        if not isinstance(use_int8, bool):
-            raise ValueError(f"use_int8 is {use_int8!r}, expected True or False")
+        for name, value in (("use_int8", use_int8), ("verify", verify)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r:.60}, expected True or False")
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
         folder, target = model_folder(ckpt_dir), pick_device(device, use_int8)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         args, tokenizer = read_model(folder, tokenizer_path, **limits)
+        if verify:
+            checkpoint.verify(folder)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = pick_engine(target, args.head_dim)
         before = sys.exc_info()[1]

@@ -29,6 +29,7 @@ warns = logging.getLogger("bitsandbytes.backends.cpu.ops")
 with patch("torch.compile", _compile_when_called), patch.object(warns, "disabled", True):
     import bitsandbytes as bnb
 
+SMALLEST = 2**-24  # above 0 in fp16
 OUTLIER_THRESHOLD = 6.0  # features with a value from here on stay in fp16 (section 3.2)
 
 
@@ -95,8 +96,16 @@ def quantize(x: Tensor, CB: Tensor, SCB: Tensor) -> None:
     # along rows, 2.7 (AMD EPYC, torch 2.11 and 2.13, 2026-11-23).
     torch.maximum(x.amax(1), x.amin(1).abs_(), out=SCB)
     check_finite(SCB.max())
-    # A row of zeros has the scale 0; any divisor gives its codes, which are zeros.
-    CB.copy_(x.mul_(127 / SCB[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round_())
+    # A row of zeros has the scale 0: divided by the smallest scale of any other, it stays zeros.
+    CB.copy_(x.mul_(127 / SCB[:, None].clamp(min=SMALLEST)).round_())
+
+
+def check_saved(values: Tensor) -> None:
+    """ValueError unless values, codes in int8 or scales in float32, are such as quantize makes."""
+    least, most = (-127, 127) if values.dtype == torch.int8 else (0, 65504)
+    low, high = values.aminmax()
+    if not least <= low.item() <= high.item() <= most:
+        raise ValueError("holds codes or scales that bitsandbytes makes of no fp16 weights")
 
 
 def check_finite(*values: Tensor) -> None:

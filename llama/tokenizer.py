@@ -35,6 +35,11 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path):
         """FileNotFoundError, ValueError or ImportError, each with what to do instead."""
+        if not isinstance(model_path, str | Path):
+            raise ValueError(
+                f"tokenizer_path is {model_path!r:.60}, expected a path: pass the tokenizer.model "
+                "that came with the weights"
+            )
         self.path = path = Path(os.path.expanduser(model_path))
         if not path.is_file():
             found = "is a folder" if path.is_dir() else "does not exist"

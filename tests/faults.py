@@ -89,7 +89,7 @@ def tensor(name, function):
 
 def value(number, name=f"{WQ}.weight"):
     def change(x):
-        x.view(-1)[7] = number
+        x.view(-1)[-7] = number
         return x
 
     return tensor(name, change)
@@ -200,6 +200,7 @@ DAMAGED = rf"{SHARD} \([\d,]+ bytes\) is cut short, damaged or not a checkpoint"
 RUNS = DAMAGED + r" \((it holds more than a flat dict of tensors|.+, which was not run)\)"
 UNLIKE = rf"{SHARD} and params.json do not belong together"
 NOT_FINITE = "holds values that are not finite in fp16"
+NOT_OURS = "holds codes or scales that bitsandbytes makes of no fp16 weights"
 BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))  # Llama 3's kind
 KIND = "expected torch.float16 or torch.bfloat16 or torch.float32: pass Meta's original"
 EITHER = f"in consolidated.00.pth or {SHARD}"  # of a matrix that is read from both
@@ -469,11 +470,18 @@ INT8 = {
     },
     f"missing {WQ}.SCB, left over nothing": {"scales absent": without(f"{WQ}.SCB")},
     f"{WQ}.SCB in {SHARD} is": {"scales short": tensor(f"{WQ}.SCB", lambda x: x[1:].clone())},
-    "SCB in .* torch.float64": {"scales in fp64": tensor(f"{WQ}.SCB", torch.Tensor.double)},
-    f"{WQ}.SCB in {SHARD} {NOT_FINITE}": {"scale NaN": value(torch.nan, f"{WQ}.SCB")},
-    f"{W2}.SCB in {SHARD} {NOT_FINITE}": {"scale infinite": value(torch.inf, f"{W2}.SCB")},
+    "SCB in .* torch.float16, expected torch.float32: ": {
+        "scales in fp16": tensor(f"{WQ}.SCB", torch.Tensor.half)
+    },
+    f"{WQ}.SCB in {SHARD} {NOT_OURS}": {
+        "scale NaN": value(torch.nan, f"{WQ}.SCB"),
+        "scale negative": value(-1e-8, f"{WQ}.SCB"),
+        "scale beyond fp16": value(65505, f"{WQ}.SCB"),
+    },
+    f"{W2}.weight in {SHARD} {NOT_OURS}": {"code -128": value(-128, f"{W2}.weight")},
     f"ffn_norm.weight in {SHARD} {NOT_FINITE}": {
-        "norm NaN": value(torch.nan, "layers.0.ffn_norm.weight")
+        "norm NaN": value(torch.nan, "layers.0.ffn_norm.weight"),
+        "norm infinite": value(torch.inf, "layers.0.ffn_norm.weight"),
     },
     "expected torch.int8": {
         "codes in fp16": tensor(f"{WQ}.weight", torch.Tensor.half),

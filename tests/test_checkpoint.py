@@ -1,14 +1,18 @@
 """Do the files become the right model, whatever the number of shards?"""
 
+import hashlib
 import json
 import warnings
+from contextlib import closing
 
 import oracle
 import pytest
 import torch
 from checkpoints import tiny_params, write_checkpoint
+from conftest import vocab_size
 
 from llama import LLaMA, ModelArgs, Transformer, checkpoint, quantize, room
+from llama.shards import open_shards
 
 TOKENS = [1, 17, 30, 5, 5, 99, 2, 64, 31, 8, 77, 12, 50]
 
@@ -100,10 +104,15 @@ def test_the_int8_bound_can_fail(make_folder):
     assert rounding_error(make_folder, 7) > 0.022
 
 
-def test_every_codes_and_scales_equal_bitsandbytes(make_folder):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_codes_and_scales_equal_bitsandbytes(make_folder, dtype):
     import bitsandbytes as bnb
 
-    folder, _, weights = make_folder(4, torch.bfloat16)
+    folder, params, weights = make_folder(4, dtype)
+    for weight in weights.values():
+        if weight.dim() == 2:
+            weight[0] *= 2**-12  # where fp16 has fewer bits than bf16
+    write_checkpoint(folder, params, weights, 4)
     model = LLaMA.build(folder, device="cpu").model
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
@@ -111,6 +120,17 @@ def test_every_codes_and_scales_equal_bitsandbytes(make_folder):
             theirs = theirs.to("cpu")
             assert torch.equal(module.state.CB, theirs.CB), name
             assert torch.equal(module.state.SCB, theirs.SCB), name
+
+
+def test_few_weights_are_in_memory_before_the_first_is_used(make_folder):
+    folder, params, _ = make_folder(n_layers=4)
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params | {"vocab_size": vocab_size()}))
+    planned = checkpoint.plan(model, open_shards(folder))
+    with closing(checkpoint.stream(planned, model, torch.device("cpu"), None, "")) as done:
+        next(done)
+        held = [name for name, x in model.state_dict().items() if not x.is_meta]
+    assert len(planned) > 30 and 0 < len(held) < 20
 
 
 def test_progress_and_summary_go_to_stderr(make_folder, capfd):
@@ -197,6 +217,27 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(make_folder, monkey
     monkeypatch.setattr(checkpoint, "stream", None)  # nothing may be loaded
     with pytest.raises(MemoryError, match=r"needs 0.0 GiB for weights .* lower --max_seq_len"):
         LLaMA.build(folder, device="cpu")
+
+
+def test_shards_that_changed_places(make_folder):
+    folder = make_folder(2)[0]
+    (first, second), checklist = sorted(folder.glob("*.pth")), folder / "checklist.chk"
+    sums = [hashlib.md5(path.read_bytes()).hexdigest() for path in (first, second)]
+    with pytest.raises(FileNotFoundError, match="no checklist.chk in .*: fetch it"):
+        logits(folder, verify=True)
+    checklist.write_text(f"{sums[0]}  {first.name}\n{sums[1].upper()} *{second.name}\r\n")
+    expected = logits(folder, verify=True)
+    first.rename(folder / "other")
+    second.rename(first)
+    (folder / "other").rename(second)
+    assert not torch.equal(logits(folder), expected)
+    wrong = rf"{first.name} has md5 sum {sums[1]}, checklist.chk says {sums[0]}: take both"
+    with pytest.raises(ValueError, match=wrong):
+        logits(folder, verify=True)
+    checklist.write_text("nothing")
+    with pytest.raises(ValueError, match="checklist.chk says nothing of it: take both"):
+        quantize.main(str(folder), f"{folder}_int8")
+    assert not (folder.parent / "tiny_int8").exists()
 
 
 def test_shards_saved_without_sums(make_folder):

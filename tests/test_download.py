@@ -297,6 +297,15 @@ def test_a_killed_run_is_resumed_by_the_next(site, shell, how, sigint):
     assert site.log == [(SHARD, f"bytes={came}-")]
 
 
+def test_a_second_run_in_the_same_folder_says_that_there_is_one(site, one_shell):
+    first, log = held(site, one_shell), [*site.log]
+    said = one_shell.fails()
+    assert said.startswith(f"download.sh: another run (process {first.pid}) is downloading to ")
+    assert said.count("\n") == 1 and site.log == log
+    site.release.set()
+    assert first.wait(10) == 0 and one_shell.holds("7B")
+
+
 @pytest.mark.slow
 def test_20_kills_at_random_moments_lose_nothing_that_came(site, shell, sigint):
     """Each run goes on where the one before ended, whichever signal ended it."""

@@ -417,6 +417,7 @@ def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
         ({"engine": "fast"}, "engine is 'fast', expected triton or bnb"),
         ({"ckpt_dir": ""}, "ckpt_dir is '', expected the model folder"),
         ({"ckpt_dir": 5}, "ckpt_dir is 5, expected the model folder"),
+        ({"tokenizer_path": 5}, "tokenizer_path is 5, expected a path: pass the tokenizer.model"),
         ({"device": "cpu:7"}, "device is 'cpu:7', expected cuda, cuda:1 or cpu"),
     ],
     ids=str,

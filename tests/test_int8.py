@@ -22,7 +22,9 @@ def matrix(rows=150, columns=96, dtype=torch.float16):
 
 def ours(w):
     CB, SCB = torch.empty(w.shape, dtype=torch.int8), torch.empty(len(w))
-    quantize(w.half().float(), CB, SCB)
+    values = w.half().float()
+    quantize(values, CB, SCB)
+    assert torch.equal(values, CB.float())  # NaN, as of 0 / 0, would become some code
     return CB, SCB
 
 
@@ -83,6 +85,8 @@ def test_state_dict_has_bitsandbytes_names_and_types_even_in_another_type():
         assert state["weight"].dtype == model[0].state.CB.dtype == torch.int8
         assert state["SCB"].dtype == model[0].state.SCB.dtype == torch.float32
         model.half()
+    model[0].set(model[0].state.CB.to("meta"), model[0].state.SCB)  # codes that went ahead
+    assert model.half()[0].state.SCB.is_meta
 
 
 @pytest.mark.cuda

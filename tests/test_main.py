@@ -167,6 +167,7 @@ def test_a_list_that_is_killed_again_and_again_has_every_result_once(tmp_path):
         (["--prompt=a", f"--seed={'-' * 5000}1"], "seed is '-----"),
         (["--prompt=a", f"--seed={'1+' * 5000}1"], "seed is '1+1+1"),
         (["--prompt=a", f"--ckpt_dir=/{'x' * 4000}"], "File name too long: '/xxx"),
+        (["--prompt=a", "--ckpt_dir=/a\nb\0"], r"/a\nb\x00 does not exist: pass the model folder"),
         (["--prompt=" + "a " * 600], "prompt 1 has"),
         (["--prompt_file=/nowhere"], "'/nowhere' does not exist: pass a text file"),
         (["--prompt_file", ROOT / "llama/demo/tokenizer.model"], "is not UTF-8 text (byte "),

@@ -15,7 +15,7 @@ from torch import nn
 
 from llama import ModelArgs, Transformer
 from llama.memory import args_of
-from llama.model import KVCache, rotation_table
+from llama.model import KVCache, RMSNorm, rotation_table
 
 TOLERANCE = 2e-5
 TOKENS = [1, 17, 30, 5, 5, 99, 2, 64, 31, 8, 77, 12, 50]
@@ -104,6 +104,13 @@ def test_llama_3_far_into_its_context():
         assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_norm_is_rounded_to_fp16_before_its_gain():
+    """As Meta's is; to round the product alone gives other values."""
+    plain, norm, x = RMSNorm(256, 1e-5).half(), RMSNorm(256, 1e-5).half(), torch.randn(256).half()
+    nn.init.uniform_(norm.weight)
+    assert torch.equal(norm(x), plain(x) * norm.weight)
+
+
 @pytest.mark.parametrize("size, factor", [("1B", 32), ("3B", 32), ("8B", 8), ("70B", 8), ("7B", 1)])
 def test_rotation_of_the_published_models(size, factor):
     args = args_of(size, max_seq_len=131072)
@@ -164,6 +171,7 @@ def test_moving_a_model_before_its_first_call_changes_nothing():
         ({"dim": 4096, "multiple_of": 1024, "ffn_dim_multiplier": 1.3}, 14336),
         ({"dim": 2048, "ffn_dim_multiplier": 1.5}, 8192),
         ({"dim": 3072, "ffn_dim_multiplier": 1.0}, 8192),
+        ({"dim": 64, "multiple_of": 1, "ffn_dim_multiplier": 2.0}, 340),  # nobody's: 2 * int(170.7)
     ],
     ids=str,
 )

@@ -63,6 +63,14 @@ def test_names_are_those_of_bitsandbytes(make_folder):
     assert json.loads((out / "params.json").read_text()) == params | {"int8_format": 1}
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(make_folder, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or synced.append(os.fstat(file)))
+    out = save(make_folder()[0])
+    files = [path.stat() for path in sorted(out.glob("*.pth"))]
+    assert [(s.st_ino, s.st_size) for s in synced] == [(s.st_ino, s.st_size) for s in files]
+
+
 def test_the_tokenizer_comes_along(make_folder, tmp_path):
     folder, _, _ = make_folder(1)
     (folder / "tokenizer.model").rename(tmp_path / "elsewhere.model")
@@ -72,7 +80,12 @@ def test_the_tokenizer_comes_along(make_folder, tmp_path):
 
 def test_what_is_refused(make_folder, monkeypatch):
     folder, _, _ = make_folder()
-    out = save(folder)
+    out = folder.parent / "tiny_int8"
+    out.symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="tiny_int8 is there already: pass an --out_dir"):
+        save(folder)
+    out.unlink()
+    save(folder)
     with pytest.raises(FileExistsError, match="tiny_int8 is there already: pass an --out_dir"):
         save(folder)
     with pytest.raises(ValueError, match="tiny_int8 holds int8 weights already"):
