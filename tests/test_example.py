@@ -69,7 +69,7 @@ def test_edited_prompts_run_in_batches(run_command, tmp_path, demo):
     "arguments, message",
     [
         (["--max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
-        (["x"] * 20, "'x' belongs to no flag: write --NAME=VALUE, see --help"),
+        (["x"] * 20, "'x' belongs to no flag: write --ckpt_dir=FOLDER, see --help"),
         (["--zzz"], "unknown flag --zzz: see --help"),
         (["--ckpt_dir", str(ROOT)], "no consolidated.*.pth in"),
         (["--tokenizer_path", str(ROOT / "setup.py")], "is not a sentencepiece model"),
