@@ -188,8 +188,6 @@ def main(
             those of a stop string, finish_reason is stop, length or eos
         logprobs: with --json, adds the log-probability of each new token
         version: prints the version of this program
-        max_seq_len: longest sequence, prompt and continuation, in tokens (512; with --chat 4096)
-        max_gen_len: longest continuation, in tokens (256; with --chat as long as fits)
     """
     if version:
         print(f"llama-int8 {llama.__version__}")
@@ -201,8 +199,6 @@ def main(
         max_gen_len = max_seq_len if chat else 256
     penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
     settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
-    if logprobs and not json:
-        raise ValueError("--logprobs is a part of what --json prints: add --json")
     others = {"json": json, "logprobs": logprobs, "interactive": interactive}
     others |= {"prompt": prompt is not None, "prompt_file": prompt_file is not None}
     if chat and any(others.values()):
@@ -211,6 +207,8 @@ def main(
             f"--chat answers what is typed, --{other} is for continuing prompts: "
             "leave one of them out"
         )
+    if logprobs and not json:
+        raise ValueError("--logprobs is a part of what --json prints: add --json")
     if system is not None and not chat:
         raise ValueError("--system is for conversations: add --chat")
     if [prompt, prompt_file, "-" if interactive else None].count("-") > 1:

@@ -98,7 +98,8 @@ def test_flags_are_those_of_build_and_generate(file):
     flags = inspect.signature(runpy.run_path(str(ROOT / file))["main"]).parameters
     for method in (LLaMA.build, LLaMA.generate):
         for name, parameter in inspect.signature(method).parameters.items():
-            assert name in ("self", "prompts") or flags[name].default == parameter.default, name
+            if name not in ("self", "prompts"):  # None depends on --chat
+                assert flags[name].default in (parameter.default, None), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch may import more")
