@@ -1,4 +1,4 @@
-"""Continues prompts on a command line: python -m llama --prompt "Once upon a time"
+"""Continues prompts and talks on a command line: python -m llama --prompt "Once upon a time"
 
 Texts and JSON go to stdout (with --resume, JSON to a file), everything else to stderr. In texts
 control characters are escaped, JSON has them exactly.
@@ -23,8 +23,11 @@ import llama
 from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
 from llama.generation import LLaMA, check_prompts
+from llama.params import LIMITS
 from llama.room import size
-from llama.settings import Settings
+from llama.settings import Settings, check
+
+TALK = 4096  # tokens of a conversation, as many as Llama 2 was trained with
 
 BEGINNING = '{"index": '  # of each line of results
 
@@ -146,14 +149,29 @@ def answer(
 
 
 def converse(talk: Chat, line: str) -> None:
-    """Prints the answer to a line as it grows, or begins another conversation."""
-    if line.strip() == "/new":
-        talk.messages = []
+    """Prints the answer to a line as it grows and says what cut it, or obeys a command."""
+    if line.rstrip() == "/new":
+        talk.restart()
+        say("A new conversation begins.")
+        return
+    if line.startswith("/"):
+        say(
+            f"{line:.60} is no command: /new begins again, Ctrl-D leaves. To say it to the model, "
+            "begin the line with a space."
+        )
         return
     with contextlib.closing(talk.answer(line)) as pieces:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
     print()
+    if talk.row.finish_reason == "length":
+        limit, of_model = talk.row.limit, talk.llm.model.args.max_seq_len
+        say(
+            f"The answer was cut at {limit} tokens: raise --max_gen_len."
+            if limit == talk.settings.max_gen_len
+            else f"The answer was cut, as the conversation has reached {of_model} tokens: raise "
+            "--max_seq_len, or begin a new one with /new."
+        )
 
 
 def interact(respond: Callable[[str], None], json: bool) -> None:
@@ -184,19 +202,20 @@ def main(
     prompt_file: str | None = None,
     interactive: bool = False,
     chat: bool = False,
+    system: str | None = None,
     json: bool = False,
     resume: str | None = None,
     logprobs: bool = False,
     version: bool = False,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
-    max_seq_len: int = 512,
+    max_seq_len: int | None = None,
     max_batch_size: int = 32,
     use_int8: bool = True,
     device: str | None = None,
     engine: str = "triton",
     verify: bool = False,
-    max_gen_len: int = 256,
+    max_gen_len: int | None = None,
     temperature: float = 0.8,
     top_p: float = 0.95,
     repetition_penalty: float = 1.0,
@@ -207,7 +226,7 @@ def main(
     top_k: int = 0,
     min_p: float = 0.0,
 ):
-    """Continues prompts with LLaMA in INT8.
+    """Continues prompts with LLaMA in INT8, or talks (--chat).
 
     Args:
         prompt: text to continue; - is all of standard input
@@ -215,6 +234,7 @@ def main(
         interactive: keeps the model loaded and continues each line that is typed
         chat: talks with a Llama 2 Chat or Llama 3 Instruct model, which answers each line that is
             typed and remembers those before, up to a line /new
+        system: with --chat, tells the model how to answer before the conversation begins
         json: prints a line of JSON for each prompt as soon as it has ended: index is its place,
             from 0, text what was added, tokens its ids with those of a stop string, finish_reason
             is stop, length or eos; other keys that the prompt's line had in JSON follow index
@@ -227,11 +247,26 @@ def main(
     if version:
         print(f"llama-int8 {llama.__version__}")
         return
+    if max_seq_len is None:
+        max_seq_len = TALK if chat else 512
+    check("max_seq_len", max_seq_len, *LIMITS["max_seq_len"])
+    if max_gen_len is None:
+        max_gen_len = max_seq_len if chat else 256
     penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
     settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+    others = {"prompt": prompt, "prompt_file": prompt_file, "interactive": interactive}
+    others |= {"json": json, "resume": resume, "logprobs": logprobs}
+    given = [name for name, value in others.items() if value not in (None, False)]
+    if chat and given:
+        raise ValueError(
+            f"--chat answers what is typed, --{given[0]} is for continuing prompts: "
+            "leave one of them out"
+        )
     if logprobs and not (json or resume):
         raise ValueError("--logprobs is a part of what --json prints: add --json")
-    if [prompt, prompt_file, "-" if interactive or chat else None].count("-") > 1:
+    if system is not None and not chat:
+        raise ValueError("--system is for conversations: add --chat")
+    if [prompt, prompt_file, "-" if interactive else None].count("-") > 1:
         raise ValueError("- is all of standard input, which can be read once: pass it alone")
     records = [] if prompt is None else [{"prompt": read_text("-") if prompt == "-" else prompt}]
     if prompt_file is not None:
@@ -243,7 +278,7 @@ def main(
     prompts = [record["prompt"] for record in records]
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     results, done = (None, ()) if resume is None else open_results(resume, records)
-    files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
+    files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, 1 if chat else max_batch_size)
     llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify)
     if records:
         with results or nullcontext():
@@ -252,9 +287,9 @@ def main(
         say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
         interact(lambda line: answer(llm, [{"prompt": line}], settings, json, logprobs), json)
     if chat:
-        talk = Chat(llm, settings)
+        talk = Chat(llm, settings, system)
         say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")
-        interact(partial(converse, talk), json)
+        interact(partial(converse, talk), json=False)
 
 
 def command_line() -> None:

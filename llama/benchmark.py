@@ -36,7 +36,8 @@ NORM = 0.5  # norm weights of the other features
 LENGTHS = (128, 512, 1900)
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 32
-CONTEXT = 2048  # tokens, which LLaMA was trained with
+CONTEXT = 2048  # tokens, which LLaMA was trained with; more for longer prompts
+LONGEST = 131072  # tokens, as Llama 3.1's context
 DEVICE = torch.device("cuda")
 REPEATS = 5
 ENGINES = {"int8": (True, "triton"), "int8_bnb": (True, "bnb"), "fp16": (False, "triton")}
@@ -56,9 +57,9 @@ print(json.dumps([*times, time.time()]))
 """
 
 
-def random_model(size: str, use_int8: bool, engine: str) -> LLaMA:
+def random_model(size: str, max_seq_len: int, use_int8: bool, engine: str) -> LLaMA:
     """MemoryError if it does not fit."""
-    args = args_of(size, max_seq_len=CONTEXT, max_batch_size=1)
+    args = args_of(size, max_seq_len=max_seq_len, max_batch_size=1)
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
     check_room(model, DEVICE, torch.float16)
@@ -101,12 +102,12 @@ def seconds(work) -> float:
 
 
 def build(
-    name: str, size: str, ckpt_dir: str | None = None, tokenizer_path: str | None = None
+    name: str, size: str, ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int
 ) -> LLaMA:
     use_int8, engine = ENGINES[name]
     if ckpt_dir is None:
-        return random_model(size, use_int8, engine)
-    return LLaMA.build(ckpt_dir, tokenizer_path, CONTEXT, 1, use_int8, DEVICE, engine)
+        return random_model(size, max_seq_len, use_int8, engine)
+    return LLaMA.build(ckpt_dir, tokenizer_path, max_seq_len, 1, use_int8, DEVICE, engine)
 
 
 @torch.inference_mode()
@@ -147,7 +148,7 @@ def first_token(llm: LLaMA) -> None:
     running(llm, 1, 8, 1).step()
 
 
-def first_token_seconds(*model: str | None) -> dict[str, float]:
+def first_token_seconds(*model: str | int | None) -> dict[str, float]:
     """From the start of a process to its first token: in all, importing torch, making or loading
     the model, and what remains. The second of two runs, whose files and kernels are in caches."""
     for _ in range(2):
@@ -188,12 +189,12 @@ def main(
     if unknown := [name for name in engines if name not in ENGINES]:
         raise ValueError(f"engines has {unknown[0]!r}, expected some of {', '.join(ENGINES)}")
     for length in lengths:
-        check("lengths", length, int, 1, CONTEXT - NEW_TOKENS)
+        check("lengths", length, int, 1, LONGEST - NEW_TOKENS)
     for batch in batches:
         check("batches", batch, int, 1, 2**20)
     if json and not os.access(os.path.dirname(json) or ".", os.W_OK):
         raise OSError(f"{json} cannot be written: pass another --json")
-    model_of = (size, ckpt_dir, tokenizer_path)
+    model_of = (size, ckpt_dir, tokenizer_path, max(CONTEXT, max(lengths) + NEW_TOKENS))
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     figures = {

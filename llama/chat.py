@@ -6,7 +6,7 @@ then user and assistant take turns, and the user has the last word.
 from collections.abc import Iterator
 from functools import partial
 
-from llama.continuation import pieces
+from llama.continuation import Continuation
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, check_text
 
@@ -15,14 +15,21 @@ FEWEST_WORDS = 32_000  # in a vocabulary of Meta's; the demo's has 4,096
 
 
 class Chat:
-    """A conversation that goes on with a LLaMA; `messages` is what was said so far. A decoder keeps
-    keys and values, so that only what is new is prefilled. Errors as those of `LLaMA.chat`."""
+    """A conversation that goes on with a LLaMA; `messages` is what was said so far, `row` the
+    newest answer with its finish_reason. A decoder keeps keys and values, so that only what is new
+    is prefilled. Errors as those of `LLaMA.chat`."""
 
-    def __init__(self, llm, settings: Settings):
-        conversation([{"role": "user", "content": ""}], llm)  # does the model chat?
-        self.llm, self.settings = llm, settings
-        self.messages: list[dict[str, str]] = []
+    def __init__(self, llm, settings: Settings, system: str | None = None):
+        self.llm, self.settings, self.system = llm, settings, system
+        self.row: Continuation | None = None
+        self.restart()
+        conversation([*self.messages, {"role": "user", "content": ""}], llm)  # does it chat?
         self.decoder = llm.decoder(1, llm.model.args.max_seq_len, settings)
+
+    def restart(self) -> None:
+        """Forgets what was said, except by the system."""
+        by_system = self.system is not None
+        self.messages = [{"role": "system", "content": self.system}] if by_system else []
 
     def answer(self, text: str) -> Iterator[str]:
         """The answer in pieces, as they come. As much of it as came is in `messages` afterwards,
@@ -31,10 +38,11 @@ class Chat:
         ids = conversation(messages, self.llm)
         steps = self.llm.steps([ids], self.settings, decoder=self.decoder)
         try:
-            for piece in stripped(pieces(steps)):
+            for piece in stripped(self.row.read() for [self.row] in steps):
                 said += piece
                 yield piece
         finally:
+            steps.close()
             if said:
                 self.messages = [*messages, {"role": "assistant", "content": said}]
 
@@ -45,7 +53,7 @@ def conversation(messages: list[dict[str, str]], llm) -> list[int]:
     if llm.tokenizer.n_words < FEWEST_WORDS and not llm.tokenizer.special:
         raise ValueError(
             "this model does not chat, the demo tells stories: pass a folder of Llama 2 Chat or "
-            "Llama 3 Instruct, e.g. --ckpt_dir /w/Llama3.1-8B-Instruct"
+            "Llama 3 Instruct, e.g. --ckpt_dir /w/Llama-3.1-8B-Instruct/original"
         )
     check(messages)
     turns = [(message["role"], message["content"].strip()) for message in messages]
@@ -53,7 +61,7 @@ def conversation(messages: list[dict[str, str]], llm) -> list[int]:
     if len(ids) >= llm.model.args.max_seq_len:
         raise ValueError(
             f"the conversation has {len(ids)} tokens, max_seq_len is {llm.model.args.max_seq_len}: "
-            "raise it to leave place for an answer, or begin again"
+            "raise max_seq_len (--max_seq_len) or begin a new one (/new)"
         )
     return ids
 
@@ -89,7 +97,7 @@ def check(messages: list[dict[str, str]]) -> None:
         keyed = isinstance(message, dict) and message.keys() == {"role", "content"}
         if not keyed or not isinstance(message["content"], str):
             expected = {"role": "user", "content": "some text"}
-            raise ValueError(f"message {i} is {message!r:.80}, expected the like of {expected}")
+            raise ValueError(f"message {i} is {message!r:.80}, expected e.g. {expected}")
         check_text(message["content"], f"message {i}")
     by_system = messages[0]["role"] == "system"
     roles = ["system"] * by_system + ["user", "assistant"] * len(messages)

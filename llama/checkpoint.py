@@ -99,7 +99,9 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
         for group in model.linears():
             allocate(group, device)
 
-    name = one_line(ckpt_dir.resolve().name)
+    path = ckpt_dir.resolve()
+    of_many = path.name == "original"  # as any model's folder on Hugging Face
+    name = one_line(f"{path.parent.name}/original" if of_many else path.name)
     with closing(stream(planned, model, device, dtype, f"Loading {name}")) as done:
         peak = max(before, *(anonymous_bytes() for _ in done))
     model.rotation = rotation_table(args, device)

@@ -88,7 +88,9 @@ def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
     """The flag that a word such as --max-gen-len, or -c where no other begins with c, names."""
     name = written.lstrip("-").replace("-", "_")
     if not (name and written.startswith("-")):
-        instead = "--prompt=TEXT" if "prompt" in flags else "--NAME=VALUE"
+        values = {"prompt": "TEXT", "size": "13B", "ckpt_dir": "FOLDER"}
+        likely = (f"--{name}={value}" for name, value in values.items() if name in flags)
+        instead = " or ".join(likely) or "--NAME=VALUE"
         raise ValueError(f"{written!r:.60} belongs to no flag: write {instead}, see --help")
     named = [name] if name in flags else [flag for flag in flags if flag[0] == name]
     if len(named) == 1:

@@ -75,7 +75,7 @@ class LLaMA:
         Args:
             ckpt_dir: model folder in Meta's format (the demo model if not given)
             tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
-            max_seq_len: longest sequence, prompt and continuation, in tokens
+            max_seq_len: longest sequence, prompt and continuation, in tokens (512; --chat: 4096)
             max_batch_size: most prompts continued at once
             use_int8: False keeps the weights in fp16 (float32 on the CPU)
             device: cuda, cuda:1 or cpu (CUDA if there is any)
@@ -135,7 +135,7 @@ class LLaMA:
 
         Args:
             prompts: a list of any length, of texts or of lists of token ids
-            max_gen_len: longest continuation, in tokens
+            max_gen_len: longest continuation, in tokens (256; --chat: as long as fits)
             temperature: 0 takes the most likely token, 1 samples from the model's distribution
             top_p: samples from the fewest most likely tokens whose probabilities reach this sum
             repetition_penalty: above 1 makes tokens that are already in the text less likely

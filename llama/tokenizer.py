@@ -169,7 +169,9 @@ def encode(
     """BOS and token ids of each text; a list of ids is taken as it is. ValueError if one is neither
     or is too long."""
     if not isinstance(texts, list | tuple) or not all(isinstance(x, str | list) for x in texts):
-        raise ValueError(f"{called}s is {texts!r:.60}, expected a list of strings")
+        messages = isinstance(texts, list) and any(isinstance(x, dict) for x in texts)
+        instead = "; messages are for LLaMA.chat" if messages else ""
+        raise ValueError(f"{called}s is {texts!r:.60}, expected a list of strings{instead}")
     all_ids = []
     for i, text in enumerate(texts, 1):
         if isinstance(text, str):

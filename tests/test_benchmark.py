@@ -62,6 +62,11 @@ def test_what_does_not_fit_is_left_out(run, monkeypatch):
     assert "int8: decode at batch 2, 9 tokens" in out and "against" not in out
 
 
+def test_prompts_longer_than_2048_tokens(run):
+    status, out, err = run("--size=7B", "--lengths=4,3000", "--batches=1", "--engines=int8")
+    assert (status, err) == (0, "") and "int8: decode at batch 1, 3000 tokens of context" in out
+
+
 def test_it_needs_a_gpu(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, out, err = run("--size=13B")
@@ -74,7 +79,7 @@ def test_it_needs_a_gpu(run, monkeypatch):
     [
         (["--size=5B"], "size is '5B', expected one of 7B, 13B, 30B, 34B, 65B, 70B"),
         (["--engines=fp8"], "engines has 'fp8', expected some of int8, int8_bnb, fp16"),
-        (["--lengths=5000"], "lengths is 5000, expected a whole number, from 1 to 2016"),
+        (["--lengths=4,0"], "lengths is 0, expected a whole number, from 1 to 131040"),
         (["--batches=x"], "batches is 'x', expected a whole number"),
     ],
     ids=str,

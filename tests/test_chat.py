@@ -14,7 +14,7 @@ from conftest import DEMO
 from sentencepiece import SentencePieceProcessor
 from test_model import float_model
 
-from llama import LLaMA, Settings, __main__, chat, cli, decode, generation
+from llama import LLaMA, Settings, __main__, chat, cli, decode, generation, room
 from llama.chat import Chat, conversation, stripped
 
 SYSTEM = {"role": "system", "content": " Be kind.\n"}
@@ -78,10 +78,10 @@ TURNS = "take turns"
     {
         "text": ("Hello", "messages is 'Hello', expected a list"),
         "empty": ([], r"messages is \[\], expected a list"),
-        "no dict": (["Hello"], "message 1 is 'Hello', expected the like of"),
-        "other key": ([user("a") | {"name": "x"}], "message 1 is .*, expected the like of"),
-        "no content": ([{"role": "user"}], "message 1 is {'role': 'user'}, expected the like of"),
-        "content a list": ([user(["a"])], r"message 1 is {.*\['a'\]}, expected the like of"),
+        "no dict": (["Hello"], "message 1 is 'Hello', expected e.g."),
+        "other key": ([user("a") | {"name": "x"}], "message 1 is .*, expected e.g."),
+        "no content": ([{"role": "user"}], "message 1 is {'role': 'user'}, expected e.g."),
+        "content a list": ([user(["a"])], r"message 1 is {.*\['a'\]}, expected e.g."),
         "half a character": ([user("\ud800")], "message 1 holds half a character"),
         "two systems": (
             [SYSTEM, SYSTEM, *MESSAGES],
@@ -98,7 +98,7 @@ TURNS = "take turns"
         "system alone": ([SYSTEM], "the last message is by 'system', expected 'user'"),
         "too long": (
             [user("a b " * 300)],
-            "the conversation has 916 tokens, max_seq_len is 400: raise it",
+            "the conversation has 916 tokens, max_seq_len is 400: raise max_seq_len ",
         ),
     }.values(),
 )
@@ -282,7 +282,7 @@ def test_an_answer_that_is_closed_is_kept_as_far_as_it_came(llm):
 
 def test_a_conversation_too_long_is_refused_and_forgotten(llm):
     talk = Chat(llm, GREEDY)
-    with pytest.raises(ValueError, match="leave place for an answer, or begin again"):
+    with pytest.raises(ValueError, match=r"raise max_seq_len \(--max_seq_len\) or .*/new"):
         list(talk.answer("a b " * 300))
     assert talk.messages == []
     assert list(talk.answer("Hello"))
@@ -302,18 +302,37 @@ def folder(tmp_path_factory, llama3):
 
 def test_talk_in_a_terminal(folder, run_command):
     words = f"--chat --ckpt_dir={folder} --device=cpu --temperature=0 --max_gen_len=20".split()
-    typed = "Who are you?\n\nWhere do you live?\n/new\nWho are you?\n" + "a b " * 300 + "\nWhy?"
-    status, out, err = run_command(__main__.main, *words, stdin=typed.encode())
-    llm, messages, answers = LLaMA.build(folder, device="cpu"), [], []
+    words += ["--system= Be kind.\n"]
+    typed = "Who are you?\n\nWhere do you live?\n/new \nWho are you?\n/nwe\n" + "a b " * 2000
+    status, out, err = run_command(__main__.main, *words, stdin=f"{typed}\n /Why?".encode())
+    llm, messages, answers = LLaMA.build(folder, device="cpu"), [SYSTEM], []
     for text in ("Who are you?", "Where do you live?"):
         messages += [user(text)]
         answers += [llm.chat(messages, 20, temperature=0)]
         messages += [{"role": "assistant", "content": answers[-1]}]
-    why = [*messages[:2], user("Why?")]
+    why = [*messages[:3], user("/Why?")]
     said = [*answers, answers[0], llm.chat(why, 20, temperature=0)]
     assert status == 0 and out == "".join(f"{cli.printable(text)}\n" for text in said)
     assert "Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.\n" in err
-    assert err.count("error: the conversation has ") == 1
+    assert err.count("error: the conversation has ") == 1 and "max_seq_len is 4096: " in err
+    assert err.count("A new conversation begins.\n") == err.count("/nwe is no command: /new ") == 1
+    assert err.count("The answer was cut at 20 tokens: raise --max_gen_len.\n") == 4
+
+
+def test_an_answer_goes_on_until_the_conversation_is_full(folder, run_command, monkeypatch):
+    """And memory for one conversation is enough."""
+    llm = LLaMA.build(folder, max_seq_len=400, device="cpu")
+    answer = llm.chat([user("Who are you?")], 400, temperature=0)
+    enough = room.need(llm.model, 1, 400, torch.float32).total
+    monkeypatch.setattr(room, "free_bytes", lambda device: enough)
+    words = f"--chat --ckpt_dir={folder} --device=cpu --temperature=0 --max_seq_len=400".split()
+    status, out, err = run_command(__main__.main, *words, stdin=b"Who are you?\nWhy?")
+    assert (status, out) == (0, f"{cli.printable(answer)}\n") and "warning" not in err
+    cut, full = err.splitlines()[-3:-1]
+    assert cut.endswith(
+        "has reached 400 tokens: raise --max_seq_len, or begin a new one with /new."
+    )
+    assert full.endswith("raise max_seq_len (--max_seq_len) or begin a new one (/new)")
 
 
 def test_ctrl_c_in_a_terminal(folder):
@@ -325,16 +344,18 @@ def test_ctrl_c_in_a_terminal(folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=DEMO.parents[1],
+        bufsize=0,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
     ) as process:
         for line in (b"Who are you?\n", b"And where do you live?\n"):
             process.stdin.write(line)
             process.stdin.flush()
-            assert len(process.stdout.read(20)) == 20
+            assert process.stdout.read(20)
             process.send_signal(signal.SIGINT)
             while process.stderr.readline() != b"stopped\n":
                 assert process.poll() is None
+            process.stdout.read(2**16)  # what came before, lest it looks like the next answer
         process.stdin.close()
         assert process.wait(30) == 0 and b"error" not in process.stderr.read()
 

@@ -141,6 +141,8 @@ def test_progress_and_summary_go_to_stderr(make_folder, capfd):
     assert max(map(len, err.splitlines()[1:])) <= 80
     assert "Loading tiny: 100%" in err and "GiB" in err and "layer 2/2" in err and "left" in err
     assert "Loaded tiny in" in err and "MiB on cpu" in err and "host memory peak +" in err
+    logits(folder.rename(folder.parent / "original"))
+    assert f"Loaded {folder.parent.name}/original in" in capfd.readouterr().err
 
 
 PUBLISHED = {  # FACTS: bytes a shard, shards

@@ -69,7 +69,7 @@ def test_edited_prompts_run_in_batches(run_command, tmp_path, demo):
     "arguments, message",
     [
         (["--max_genlen=5"], "unknown flag --max_genlen: did you mean --max_gen_len?"),
-        (["x"] * 20, "'x' belongs to no flag: write --NAME=VALUE, see --help"),
+        (["x"] * 20, "'x' belongs to no flag: write --ckpt_dir=FOLDER, see --help"),
         (["--zzz"], "unknown flag --zzz: see --help"),
         (["--ckpt_dir", str(ROOT)], "no consolidated.*.pth in"),
         (["--tokenizer_path", str(ROOT / "setup.py")], "is not a sentencepiece model"),
@@ -98,7 +98,8 @@ def test_flags_are_those_of_build_and_generate(file):
     flags = inspect.signature(runpy.run_path(str(ROOT / file))["main"]).parameters
     for method in (LLaMA.build, LLaMA.generate):
         for name, parameter in inspect.signature(method).parameters.items():
-            assert name in ("self", "prompts") or flags[name].default == parameter.default, name
+            if name not in ("self", "prompts"):  # None depends on --chat
+                assert flags[name].default in (parameter.default, None), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA torch may import more")

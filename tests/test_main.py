@@ -177,13 +177,21 @@ def test_a_list_that_is_killed_again_and_again_has_every_result_once(tmp_path):
         (["--max-tokens", "5"], "unknown flag --max-tokens: did you mean --max_gen_len?"),
         (["--model", "13B"], "unknown flag --model: did you mean --ckpt_dir?"),
         (["--temp=1"], "unknown flag --temp: did you mean --temperature?"),
-        (["The king"], "'The king' belongs to no flag: write --prompt=TEXT"),
+        (["The king"], "'The king' belongs to no flag: write --prompt=TEXT or --ckpt_dir="),
         (["--prompt=a", "--prompt", "b"], "--prompt is given twice: give it once"),
         (["--prompt=-", "--prompt_file=-"], "- is all of standard input, which can be read once"),
         (["--prompt=-", "--interactive"], "- is all of standard input"),
         (["--prompt=a", '--stop=["b", "c"'], "which is not a whole list"),
         (["-c=/w/13B"], "unknown flag -c: did you mean --ckpt_dir?"),
-        (["--prompt=-", "--chat"], "- is all of standard input"),
+        *(
+            (
+                ["--chat", f"--{other}"],
+                f"--chat answers what is typed, --{other.partition('=')[0]} is",
+            )
+            for other in ("json", "logprobs", "interactive", "prompt=a", "prompt_file=-")
+        ),
+        (["--prompt=a", "--system=b"], "--system is for conversations: add --chat"),
+        (["--chat", "--max_seq_len=x"], "max_seq_len is 'x', expected a whole number"),
         (["--prompt_file=-"], "standard input holds no prompt: pass a file with a prompt per line"),
     ],
     ids=lambda value: str(value)[:60],

@@ -51,9 +51,12 @@ def test_it_prints_both_kinds_beside_what_is_free(capsys):
     assert ("free" in rows) == torch.cuda.is_available()
 
 
-def test_of_a_folder(make_folder, capsys):
-    memory.main(ckpt_dir=str(make_folder()[0]))
-    assert "tiny, 1 sequence of 2048 tokens" in capsys.readouterr().out
+def test_of_a_folder(make_folder, run_command):
+    folder, _, _ = make_folder()
+    _, out, _ = run_command(memory.main, f"--ckpt_dir={folder}")
+    assert "tiny, 1 sequence of 2048 tokens" in out
+    status, out, err = run_command(memory.main, folder)
+    assert (status, out) == (1, "") and "write --size=13B or --ckpt_dir=FOLDER, see" in err
 
 
 def test_a_size_that_is_none():

@@ -42,7 +42,7 @@ def test_every_command_is_known():
         'hf download meta-llama/Llama-3.1-8B-Instruct --include "original/*"'
         " --local-dir /w/Llama-3.1-8B-Instruct",
         "python -m llama.memory --size 8B --max_seq_len 8192",
-        "python -m llama --chat --ckpt_dir /w/Llama-3.1-8B-Instruct/original --max_seq_len 8192",
+        'python -m llama --chat --ckpt_dir /w/Llama-3.1-8B-Instruct/original --system "Be brief."',
         "PRESIGNED_URL='https://...' ./download.sh 7B,13B /w",  # test_download.py
         "python example.py --ckpt_dir /w/13B --tokenizer_path /w/tokenizer.model"
         " --max_batch_size=1",
