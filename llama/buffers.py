@@ -32,15 +32,13 @@ class DecodeBuffers:
     """For the steps of B sequences, and for the output head."""
 
     def __init__(self, args: ModelArgs, B: int, device: torch.device):
-        half = {"dtype": torch.float16, "device": device}
         single = {"dtype": torch.float32, "device": device}
         width = (args.n_heads + 2 * args.kv_heads) * args.head_dim
         self.qkv = torch.empty(B, width, **single)
-        self.heads = torch.empty(B, args.dim, **half)
-        self.hidden = torch.empty(B, args.hidden_dim, **half)
+        self.hidden = torch.empty(B, args.hidden_dim, **single)
         self.logits = torch.empty(B, args.vocab_size, **single)
         self.linear = linear_buffers(max(args.vocab_size, width, args.hidden_dim, args.dim), device)
-        self.attend = attend_buffers(B, args.n_heads, args.head_dim, device)
+        self.attend = attend_buffers(B, args.n_heads, args.kv_heads, args.head_dim, device)
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -61,7 +59,8 @@ def linear_buffers(N: int, device: torch.device) -> Pair:
     return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
-def attend_buffers(B: int, H: int, K: int, device: torch.device) -> Pair:
-    """For `attention.attend`: the results of the splits of each head, and how many have arrived."""
+def attend_buffers(B: int, H: int, Hkv: int, K: int, device: torch.device) -> Pair:
+    """For `attention.attend`: the results of the splits of each head, and how many have arrived for
+    each key head."""
     partial = torch.zeros(B * H * MAX_SPLITS * (K + 2), dtype=torch.float32, device=device)
-    return partial, torch.zeros(B * H, dtype=torch.int32, device=device)
+    return partial, torch.zeros(B * Hkv, dtype=torch.int32, device=device)

@@ -2,8 +2,8 @@
 
 It computes what `Transformer` does in a few launches a layer instead of some thirty, with a float32
 residual stream. A prompt is LLM.int8(). A decode step, which is bound by reading the weights,
-rounds activations less: to fp16 for one row, to two int8 digits for several. Each row's result is
-computed from that row alone, bit for bit. Nothing waits for the host: a CUDA graph can hold a step.
+rounds activations less, to two int8 digits. Each row's result is the same bit for bit whatever runs
+beside it. Nothing waits for the host: a CUDA graph can hold a step.
 """
 
 from contextlib import closing
@@ -11,14 +11,14 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from llama.buffers import DecodeBuffers, PrefillBuffers
+from llama.buffers import DecodeBuffers, Pair, PrefillBuffers
 from llama.int8 import OUTLIER_THRESHOLD, join
 from llama.kernels.attention import attend as attend_one
-from llama.kernels.few_rows import linear
+from llama.kernels.few_rows import linear, split
 from llama.kernels.launch import repeating
 from llama.kernels.llm_int8 import mixed_scaled_mm, vectorwise_quant
 from llama.kernels.rotary import rotate
-from llama.model import KVCache, Transformer, attend
+from llama.model import KVCache, RMSNorm, Transformer, attend
 
 
 class FusedEngine:
@@ -71,7 +71,7 @@ class FusedEngine:
     def head(self, features: Tensor) -> Tensor:
         """Float32 logits (T, V) of what follows each of some tokens."""
         logits = torch.empty(len(features), self.model.args.vocab_size, device=features.device)
-        self._linear(features, self.output, logits, "store", self.model.norm)
+        self._linear(normalized(features, self.model.norm), self.output, logits, "store")
         return logits
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -80,14 +80,17 @@ class FusedEngine:
         residual = model.tok_embeddings.weight[tokens].float()
         caches = self.cache.k, self.cache.v
         for layer, (wqkv, wo, w1w3, w2), *cache in zip(model.layers, self.layers, *caches):
-            self._linear(residual, wqkv, buffers.qkv, "store", layer.attention_norm)
-            attend_one(buffers.qkv, cache, positions, model.rotation, buffers.heads, buffers.attend)
-            self._linear(buffers.heads, wo, residual, "add")
-            self._linear(residual, w1w3, buffers.hidden, "swiglu", layer.ffn_norm)
-            self._linear(buffers.hidden, w2, residual, "add")
-        self._linear(residual, self.output, buffers.logits, "store", model.norm)
+            self._linear(normalized(residual, layer.attention_norm), wqkv, buffers.qkv, "store")
+            heads = attend_one(buffers.qkv, cache, positions, model.rotation, buffers.attend)
+            self._linear(heads, wo, residual, "add")
+            self._linear(normalized(residual, layer.ffn_norm), w1w3, buffers.hidden, "swiglu")
+            self._linear(split(buffers.hidden), w2, residual, "add")
+        self._linear(normalized(residual, model.norm), self.output, buffers.logits, "store")
         return buffers.logits
 
-    def _linear(self, x, weights, out, then, norm=None) -> None:
-        norm = (norm.weight, norm.eps) if norm else None
-        linear(x, weights, out, then, self.buffers.linear, norm)
+    def _linear(self, x: Pair, weights: Pair, out: Tensor, then: str) -> None:
+        linear(x, weights, out, then, self.buffers.linear)
+
+
+def normalized(x: Tensor, norm: RMSNorm) -> Pair:
+    return split(x, (norm.weight, norm.eps))

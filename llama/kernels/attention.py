@@ -1,4 +1,9 @@
-"""Attention of a decode step in one launch: rotary embedding, cache write, sequences in splits."""
+"""Attention of a decode step in one launch: rotary embedding, cache write, sequences in splits.
+
+A program takes all query heads that share a key head, so that each key and value is read once, and
+multiplies on tensor cores. A sequence is split by its length alone, so that a row's result does not
+depend on its company.
+"""
 
 import torch
 import triton
@@ -8,104 +13,126 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llama import model
 from llama.buffers import MAX_SPLITS, Pair
+from llama.kernels.few_rows import DIGITS, digits_of, split_torch
 from llama.kernels.launch import dependent
 
+BLOCK = 64  # tokens at a time
+STAGES = 2
 
-def attend_torch(qkv, caches, positions, rotation, out, buffers=None) -> None:
+
+def attend_torch(qkv, caches, positions, rotation, buffers=None) -> Pair:
     B, _, Hkv, K = caches[0].shape
     q, k, v = qkv.view(B, 1, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 2)
     q, k = (model.rotate(x, rotation[positions, None]) for x in (q, k))
+    out = torch.empty(B, q.shape[2] * K, device=qkv.device)
     for b, position in enumerate(positions.tolist()):
         caches[0][b, position], caches[1][b, position] = k[b, 0], v[b, 0]
         keys, values = (cache[b : b + 1, : position + 1].float() for cache in caches)
         seen = torch.ones(1, 1, 1, position + 1, dtype=torch.bool, device=qkv.device)
         out[b] = model.attend(q[b : b + 1], keys, values, seen).flatten()
+    return split_torch(out, group=K)
 
 
 @triton.jit
 def attend_kernel(
-    qkv, k_cache, v_cache, positions, rotation, partial, arrivals, out, S, scale,
-    H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+    qkv, k_cache, v_cache, positions, rotation, partial, arrivals, digits, scales, S, scale,
+    H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program attends for one head of one row to SPLIT tokens of its sequence."""
-    b = tl.program_id(0) // H
-    h = tl.program_id(0) % H
-    split = tl.program_id(1)
-    kv = h // (H // HKV)
+    """Each program attends for the query heads of one key head of one row to a part of the tokens.
+    HEADS is their number, or the least that a tensor core takes."""
+    b, kv, split = tl.program_id(0) // HKV, tl.program_id(0) % HKV, tl.program_id(1)
+    GROUP: tl.constexpr = H // HKV
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     position = tl.load(positions + b)
-    first = split * SPLIT
-    if first <= position:
-        d = tl.arange(0, K)
+    blocks = position // BLOCK + 1
+    steps = (blocks + MAX_SPLITS - 1) // MAX_SPLITS
+    splits = (blocks + steps - 1) // steps
+    if split < splits:
+        d, h = tl.arange(0, K), tl.arange(0, HEADS)
         # Pair i of a head is (2i, 2i + 1): x turns into x cos - partner sin, or + for the odd one.
         angle = rotation + position * K + d // 2 * 2
         cos = tl.load(angle)
         sin = tl.load(angle + 1) * tl.where(d % 2 == 0, -1.0, 1.0)
         row = qkv + b * (H + 2 * HKV) * K
-        q = (tl.load(row + h * K + d) * cos + tl.load(row + h * K + (d ^ 1)) * sin) * scale
+        head = row + (kv * GROUP + h)[:, None] * K
+        there = (h < GROUP)[:, None]
+        q = tl.load(head + d[None, :], there, 0) * cos[None, :]
+        q += tl.load(head + (d ^ 1)[None, :], there, 0) * sin[None, :]
+        q = (q * scale).to(tl.float16)
 
         k_row, v_row = row + (H + kv) * K, row + (H + HKV + kv) * K
         k_new = (tl.load(k_row + d) * cos + tl.load(k_row + (d ^ 1)) * sin).to(tl.float16)
         v_new = tl.load(v_row + d).to(tl.float16)
-        head = (b.to(tl.int64) * S * HKV + kv) * K
-        newest = head + position * HKV * K + d
+        start = (b.to(tl.int64) * S * HKV + kv) * K
 
-        best = -1.0e30
-        total = 0.0
-        value = tl.zeros((K,), tl.float32)
-        if position < first + SPLIT:  # the newest token is in this split, and not yet in the cache
-            best = tl.sum(q * k_new.to(tl.float32), 0)
-            total = 1.0
-            value = v_new.to(tl.float32)
-            if h % (H // HKV) == 0:
-                tl.store(k_cache + newest, k_new)
-                tl.store(v_cache + newest, v_new)
-        for start in range(0, SPLIT, BLOCK):
-            token = first + start + tl.arange(0, BLOCK)
-            seen = (token < position)[:, None]
-            at = head + token[:, None].to(tl.int64) * (HKV * K) + d[None, :]
-            k = tl.load(k_cache + at, mask=seen, other=0).to(tl.float32)
-            v = tl.load(v_cache + at, mask=seen, other=0).to(tl.float32)
-            score = tl.where(token < position, tl.sum(k * q[None, :], 1), -float("inf"))
-            new_best = tl.maximum(best, tl.max(score, 0))
-            weight = tl.exp(score - new_best)
+        newest = split == splits - 1  # the newest token is in this split, not yet in the cache
+        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+        best = tl.where(newest, score, -1.0e30)
+        total = tl.where(newest, 1.0, 0.0) + tl.zeros((HEADS,), tl.float32)
+        value = tl.zeros((HEADS, K), tl.float32)
+        value += tl.where(newest, v_new.to(tl.float32), 0.0)[None, :]
+        if newest:
+            tl.store(k_cache + start + position * HKV * K + d, k_new)
+            tl.store(v_cache + start + position * HKV * K + d, v_new)
+        tokens = split * steps * BLOCK + tl.arange(0, BLOCK)
+        for i in range(0, steps):
+            token = tokens + i * BLOCK
+            seen = token < position
+            at = start + token[:, None].to(tl.int64) * (HKV * K) + d[None, :]
+            k = tl.load(k_cache + at, seen[:, None], 0)
+            v = tl.load(v_cache + at, seen[:, None], 0)
+            scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            weight = tl.exp(scores - new_best[:, None])
             shrink = tl.exp(best - new_best)
-            total = total * shrink + tl.sum(weight, 0)
-            value = value * shrink + tl.sum(weight[:, None] * v, 0)
+            total = total * shrink + tl.sum(weight, 1)
+            value = tl.dot(weight.to(tl.float16), v, value * shrink[:, None])
             best = new_best
 
-        mine = partial + (tl.program_id(0) * MAX_SPLITS + split) * (K + 2)
-        tl.store(mine + d, value)
-        tl.store(mine + K, best)
-        tl.store(mine + K + 1, total)
+        # A split leaves values (GROUP, K), then the best scores and the totals.
+        SIZE: tl.constexpr = GROUP * (K + 2)
+        mine = partial + (tl.program_id(0) * MAX_SPLITS + split) * SIZE
+        tl.store(mine + h[:, None] * K + d[None, :], value, there)
+        tl.store(mine + GROUP * K + h, best, h < GROUP)
+        tl.store(mine + GROUP * (K + 1) + h, total, h < GROUP)
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + tl.program_id(0), 1)
-        n = position // SPLIT + 1
-        if arrived == n - 1:  # the last to arrive merges all, in the order of the splits
+        if arrived == splits - 1:  # the last to arrive merges all, in the order of the splits
             tl.store(arrivals + tl.program_id(0), 0)
             s = tl.arange(0, MAX_SPLITS)
-            theirs = partial + (tl.program_id(0) * MAX_SPLITS + s) * (K + 2)
-            bests = tl.load(theirs + K, mask=s < n, other=-float("inf"), cache_modifier=".cg")
-            totals = tl.load(theirs + K + 1, mask=s < n, other=0, cache_modifier=".cg")
-            values = tl.load(theirs[:, None] + d, (s < n)[:, None], other=0, cache_modifier=".cg")
-            weight = tl.exp(bests - tl.max(bests, 0))
-            merged = tl.sum(weight[:, None] * values, 0) / tl.sum(weight * totals, 0)
-            tl.store(out + tl.program_id(0) * K + d, merged.to(tl.float16))
+            for g in tl.static_range(GROUP):
+                theirs = partial + (tl.program_id(0) * MAX_SPLITS + s) * SIZE
+                other = theirs + GROUP * K + g
+                bests = tl.load(other, s < splits, -float("inf"), cache_modifier=".cg")
+                totals = tl.load(other + GROUP, s < splits, 0, cache_modifier=".cg")
+                theirs = theirs[:, None] + g * K + d[None, :]
+                values = tl.load(theirs, (s < splits)[:, None], 0, cache_modifier=".cg")
+                weight = tl.exp(bests - tl.max(bests, 0))
+                merged = tl.sum(weight[:, None] * values, 0) / tl.sum(weight * totals, 0)
+                high, low, unit = digits_of(merged[None, :], DIGITS)
+                h_out = kv * GROUP + g
+                out = digits + (2 * b * H + h_out) * K + d[None, :]
+                tl.store(out, high)
+                tl.store(out + H * K, low)
+                tl.store(scales + b * H + h_out + tl.arange(0, 1), unit)
 
 
-def attend(
-    qkv: Tensor, caches: Pair, positions: Tensor, rotation: Tensor, out: Tensor, buffers: Pair
-) -> None:
+def attend(qkv: Tensor, caches: Pair, positions: Tensor, rotation: Tensor, buffers: Pair) -> Pair:
     """Rotates the queries and keys of one new token a row, stores its key and value at `positions`
     (B,), and attends to all tokens up to it: qkv (B, (H + 2 Hkv) K) float32, caches (B, S, Hkv, K)
-    fp16, rotation (.., K/2, 2) float32 -> out (B, H K) fp16. `buffers` are attend_buffers()."""
+    fp16, rotation (.., K/2, 2) float32 -> (B, H K), as few_rows.split() has it, with a scale a
+    head. `buffers` are attend_buffers()."""
     B, S, Hkv, K = caches[0].shape
     H = qkv.shape[1] // K - 2 * Hkv
-    split = max(64, triton.next_power_of_2(triton.cdiv(S, MAX_SPLITS)))
-    attend_kernel[(B * H, triton.cdiv(S, split))](
-        qkv, *caches, positions, rotation, *buffers, out, S, K**-0.5, H, Hkv, K, split, 64,
-        MAX_SPLITS, **dependent(qkv), num_warps=4,
+    heads = max(16, triton.next_power_of_2(H // Hkv))
+    digits = torch.empty(B, 2, H * K, dtype=torch.int8, device=qkv.device)
+    scales = torch.empty(B, H, device=qkv.device)
+    attend_kernel[(B * Hkv, min(MAX_SPLITS, triton.cdiv(S, BLOCK)))](
+        qkv, *caches, positions, rotation, *buffers, digits, scales, S, K**-0.5, H, Hkv, K,
+        heads, BLOCK, MAX_SPLITS, DIGITS, **dependent(qkv), num_warps=4,
+        num_stages=STAGES,
     )  # fmt: skip
+    return digits, scales

@@ -1,7 +1,9 @@
-"""int8 weights times a few rows: the linear layers of a decode step.
+"""int8 weights times the rows of a decode step, with the same bits whatever the number of rows.
 
-A single row is bound by reading each weight once. Several go through int8 tensor cores, their
-activations split into two int8 digits, which keep 15 bits.
+An activation is two int8 digits, 256 high + low, times a scale that a group of columns shares; it
+keeps 15 bits. Products of digits and codes add up to whole numbers, exact in any order and on any
+unit: dp4a for one row, tensor cores for several. The float32 sums have one order: the groups of a
+quarter of the columns, one after the other, then (q0 + q1) + (q2 + q3).
 """
 
 import torch
@@ -14,26 +16,32 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from llama.buffers import BLOCK_N, MAX_PARTS, MOST_ROWS, Pair
 from llama.kernels.launch import dependent
 
-# Columns of a weight row that 128 threads request at once. With it the linears of 13B at batch 1 in
-# a graph read at 0.77 of a plain reduction's rate; with five tiles of a row ahead of the wait, not
-# all: 0.75; 512: 0.76, 2048: 0.67, a whole row in one load: 0.65 (H200, 2026-11-23).
-TILE = 1024
-# Steps requested ahead for several rows. With BLOCK_N = 64 and 2 parts (4 where outputs are few) 8
-# and 32 rows read at 0.67 and 0.54 of that rate; 6 ahead: 0.54, 0.44; 128 outputs: 0.64, 0.54; 32:
-# 0.43, 0.30; twice the parts: 0.59, 0.51; fp16 activations: 0.26 at best (H200, 2026-11-23).
-STAGES = 4
-GROUP = 128  # columns that share a scale where activations are split into two int8 digits
+TILE = 1024  # columns that a program of split() takes
+GROUP = 128  # columns that share a scale, unless a narrower attention head has one
 DIGITS = 32512  # the largest value of two digits: 256 x 127
+# Outputs a program for one row, and groups of BLOCK_N outputs that a program for several rows
+# requests before it waits for their activations.
+ROWS = 2
+AHEAD = 2
+STAGES = 4
 Norm = tuple[Tensor, float] | None  # of an RMSNorm: its weight (D,) fp16 and epsilon
 
 
-def linear_torch(x, weights, out, then: str, buffers=None, norm=None) -> None:
+def linear_torch(x: Pair, weights: Pair, out: Tensor, then: str, buffers=None) -> None:
     CB, SCB = weights
-    y = normalized(x, norm) @ (CB.float() * (SCB / 127)[:, None]).T
+    y = joined(x) @ (CB.float() * (SCB / 127)[:, None]).T
     if then == "swiglu":
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
     out.copy_(y + out if then == "add" else y)
+
+
+def joined(x: Pair) -> Tensor:
+    """The rows that split() split: (B, D) float32."""
+    digits, scales = x
+    whole = digits[:, 0].float() * 256 + digits[:, 1]
+    group = triton.next_power_of_2(triton.cdiv(whole.shape[1], scales.shape[1]))
+    return whole * scales.repeat_interleave(group, 1)[:, : whole.shape[1]]
 
 
 def normalized(x: Tensor, norm: Norm) -> Tensor:
@@ -41,159 +49,222 @@ def normalized(x: Tensor, norm: Norm) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], norm[0].float(), norm[1]) if norm else x
 
 
-@triton.jit
-def requested(row, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """A row of weights as a tuple of tiles, all requested at once; each byte is read once."""
-    columns = tl.arange(0, TILE)
-    tiles = ()
-    for i in tl.static_range(TILES):
-        inside = columns + i * TILE < D
-        tiles += (tl.load(row + i * TILE + columns, inside, 0, eviction_policy="evict_first"),)
-    return tiles
-
-
-@triton.jit
-def rms(x, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, eps):
-    squares = tl.zeros((TILE,), tl.float32)
-    for i in tl.static_range(TILES):
-        d = i * TILE + tl.arange(0, TILE)
-        value = tl.load(x + d, mask=d < D, other=0).to(tl.float32)
-        squares += value * value
-    return tl.sqrt(tl.sum(squares, 0) / D + eps)
-
-
-@triton.jit
-def normalize_kernel(
-    x, gain, eps, out, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr
-):
-    """Each program normalizes a tile of the row, and reads all of it for its rms."""
-    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = columns < D
-    if PDL:
-        gdc_launch_dependents()
-    weight = tl.load(gain + columns, mask=inside, other=0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-    value = tl.load(x + columns, mask=inside, other=0) / rms(x, D, TILE, TILES, eps)
-    tl.store(out + columns, (value * weight).to(tl.float16), mask=inside)
-
-
-@triton.jit
-def matvec_kernel(
-    x, CB, SCB, out, N, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    THEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Each program computes one output; it requests its whole row of weights before the wait."""
-    n = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-    row = CB + n.to(tl.int64) * D
-    tiles = requested(row, D, TILE, TILES)
-    y = tl.zeros((TILE,), tl.float32)
-    if THEN == "swiglu":
-        up_tiles = requested(row + N.to(tl.int64) * D, D, TILE, TILES)
-        up = tl.zeros((TILE,), tl.float32)
-    if PDL:
-        gdc_wait()
-    for i in tl.static_range(TILES):
-        columns = i * TILE + tl.arange(0, TILE)
-        value = tl.load(x + columns, mask=columns < D, other=0).to(tl.float32)
-        y += tiles[i].to(tl.float32) * value
-        if THEN == "swiglu":
-            up += up_tiles[i].to(tl.float32) * value
-    y = tl.sum(y, 0) * (tl.load(SCB + n) / 127)
-    if THEN == "swiglu":
-        y = y * tl.sigmoid(y) * (tl.sum(up, 0) * (tl.load(SCB + N + n) / 127))
-    if THEN == "add":
-        y += tl.load(out + n)
-    tl.store(out + n, y.to(out.dtype.element_ty))
-
-
-def split_torch(x: Tensor, norm: Norm = None) -> Pair:
-    groups = F.pad(normalized(x, norm), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+def split_torch(x: Tensor, norm: Norm = None, group: int = GROUP) -> Pair:
+    x = normalized(x, norm)
+    groups = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     scales = groups.abs().amax(-1) / DIGITS
     whole = (groups / scales.clamp(min=1e-30)[..., None]).round().int().flatten(1)
     high = (whole + 128) >> 8
-    digits = torch.stack([high, whole - (high << 8)])[..., : x.shape[1]]
+    digits = torch.stack([high, whole - (high << 8)], 1)[..., : x.shape[1]]
     return digits.to(torch.int8), scales
 
 
 @triton.jit
+def digits_of(groups, DIGITS: tl.constexpr):
+    """The high and low digits of groups (G, GROUP), and the scale (G,) of each."""
+    scale = tl.max(tl.abs(groups), 1) / DIGITS
+    ratio = groups / tl.maximum(scale, 1e-30)[:, None]
+    whole = tl.where(ratio < 0, ratio - 0.5, ratio + 0.5).to(tl.int32)
+    high = (whole + 128) >> 8
+    return high.to(tl.int8), (whole - (high << 8)).to(tl.int8), scale
+
+
+@triton.jit
 def split_kernel(
-    x, gain, eps, digits, scales, B, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    x, gain, eps, digits, scales, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
     GROUP: tl.constexpr, DIGITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program splits a tile of a row; to normalize, it reads all of the row."""
     b, tile = tl.program_id(0), tl.program_id(1)
-    columns = tile * TILE + tl.arange(0, TILE)
-    inside = columns < D
+    G: tl.constexpr = TILE // GROUP
+    columns = tile * TILE + tl.arange(0, G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x += b * D
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    value = tl.load(x + b * D + columns, mask=inside, other=0).to(tl.float32)
     if NORM:
-        value /= rms(x + b * D, D, TILE, TILES, eps)
-        value *= tl.load(gain + columns, mask=inside, other=0).to(tl.float32)
-    value = tl.reshape(value, (TILE // GROUP, GROUP))
-    scale = tl.max(tl.abs(value), 1) / DIGITS
-    ratio = value / tl.maximum(scale, 1e-30)[:, None]
-    whole = tl.reshape(tl.where(ratio < 0, ratio - 0.5, ratio + 0.5).to(tl.int32), (TILE,))
-    high = (whole + 128) >> 8
-    tl.store(digits + b * D + columns, high.to(tl.int8), mask=inside)
-    tl.store(digits + (B + b) * D + columns, (whole - (high << 8)).to(tl.int8), mask=inside)
+        weight = tl.load(gain + columns, mask=columns < D, other=0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    value = tl.load(x + columns, mask=columns < D, other=0)
+    if NORM:
+        squares = tl.zeros((TILE,), tl.float32)
+        for i in tl.static_range(TILES):
+            d = i * TILE + tl.arange(0, TILE)
+            one = tl.load(x + d, mask=d < D, other=0)
+            squares += one * one
+        value = value / tl.sqrt(tl.sum(squares, 0) / D + eps) * weight
+    high, low, scale = digits_of(value, DIGITS)
+    digits += 2 * b * D + columns
+    tl.store(digits, high, mask=columns < D)
+    tl.store(digits + D, low, mask=columns < D)
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    g = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+    g = tile * G + tl.arange(0, G)
     tl.store(scales + b * GROUPS + g, scale, mask=g < GROUPS)
 
 
 def split(x: Tensor, norm: Norm = None) -> Pair:
-    """x (B, D), normalized as in linear(), as two int8 digits and a float32 scale for each GROUP
-    columns: x = (256 * digits[0] + digits[1]) * scale, digits (2, B, D), scales (B, D / GROUP). Its
-    error is at most 1 / 64,000 of the group's largest magnitude."""
+    """x (B, D) float32, first normalized if a norm is given, as two int8 digits and a float32 scale
+    for each GROUP columns: x = (256 * digits[:, 0] + digits[:, 1]) * scale, digits (B, 2, D),
+    scales (B, D / GROUP). Its error is at most 1 / 64,000 of the group's largest magnitude."""
     B, D = x.shape
-    digits = torch.empty(2, B, D, dtype=torch.int8, device=x.device)
+    digits = torch.empty(B, 2, D, dtype=torch.int8, device=x.device)
     scales = torch.empty(B, triton.cdiv(D, GROUP), device=x.device)
     tiles = triton.cdiv(D, TILE)
     split_kernel[(B, tiles)](
-        x, *(norm or (None, 0.0)), digits, scales, B, D, TILE, tiles, GROUP, DIGITS,
+        x, *(norm or (None, 0.0)), digits, scales, D, TILE, tiles, GROUP, DIGITS,
         norm is not None, **dependent(x), num_warps=4,
     )  # fmt: skip
     return digits, scales
 
 
 @triton.jit
+def dot4(a, b, c, DP4A: tl.constexpr):
+    """c + the product of four int8 in a word of a and four in one of b."""
+    if DP4A:
+        c = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1
+        )
+    else:
+        for left in tl.static_range(0, 32, 8):
+            c += ((a << left) >> 24) * ((b << left) >> 24)
+    return c
+
+
+@triton.jit
+def requested(row, words, STEP: tl.constexpr, TILES: tl.constexpr, END: tl.constexpr):
+    """The groups of weight rows, as a tuple of the i-th of each quarter: all requested at once."""
+    tiles = ()
+    for i in tl.static_range(TILES):
+        word = words + i * STEP
+        inside = (word < END) | (4 * TILES * STEP == END)  # the latter is known when it compiles
+        tiles += (tl.load(row + word, inside, 0, eviction_policy="evict_first"),)
+    return tiles
+
+
+@triton.jit
+def add_group(y, w, high, low, scale, DP4A: tl.constexpr):
+    """y (R, 4) with the products of a group of each quarter added; w (R, 4, words)."""
+    high = tl.broadcast_to(high, w.shape)
+    low = tl.broadcast_to(low, w.shape)
+    whole = dot4(w, low, dot4(w, high, tl.zeros_like(w), DP4A) * 256, DP4A)
+    return tl.fma(tl.sum(whole, 2).to(tl.float32), scale[None, :], y)
+
+
+@triton.jit
+def quarters(y, R: tl.constexpr):
+    """The sum of y (R, 4) over its quarters."""
+    a, b = tl.split(tl.reshape(y, (R, 2, 2)))
+    a, b = tl.split(a + b)
+    return a + b
+
+
+@triton.jit
+def one_row_kernel(
+    digits, scales, CB, SCB, out, N, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Each program computes ROWS outputs; it requests their weights, all of them, before the wait.
+    digits and CB are words of four."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    END: tl.constexpr = D // 4
+    STEP: tl.constexpr = GROUP // 4
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    QUARTER: tl.constexpr = (GROUPS + 3) // 4
+    if PDL:
+        gdc_launch_dependents()
+    quarter, words = tl.arange(0, 4), tl.arange(0, STEP)
+    words = (quarter[:, None] * (QUARTER * STEP) + words[None, :])[None]
+    row = CB + (tl.minimum(n, N - 1).to(tl.int64) * END)[:, None, None]
+    tiles = requested(row, words, STEP, QUARTER, END)
+    y = tl.zeros((ROWS, 4), tl.float32)
+    if THEN == "swiglu":
+        up_tiles = requested(row + N.to(tl.int64) * END, words, STEP, QUARTER, END)
+        up = tl.zeros((ROWS, 4), tl.float32)
+    if PDL:
+        gdc_wait()
+    for i in tl.static_range(QUARTER):
+        word = words + i * STEP
+        inside = (word < END) | (4 * QUARTER * STEP == END)
+        high = tl.load(digits + word, inside, 0)
+        low = tl.load(digits + END + word, inside, 0)
+        g = quarter * QUARTER + i
+        scale = tl.load(scales + g, g < GROUPS, 0)
+        y = add_group(y, tiles[i], high, low, scale, DP4A)
+        if THEN == "swiglu":
+            up = add_group(up, up_tiles[i], high, low, scale, DP4A)
+    there = n < N
+    y = quarters(y, ROWS) * (tl.load(SCB + n, there, 0) / 127)
+    if THEN == "swiglu":
+        up = quarters(up, ROWS) * (tl.load(SCB + N + n, there, 0) / 127)
+        y = y * tl.sigmoid(y) * up
+    if THEN == "add":
+        y += tl.load(out + n, there)
+    tl.store(out + n, y, there)
+
+
+@triton.jit
+def add_groups(first, second, w, x, scale, early):
+    """Adds w (N, GROUP) times two rows of digits for each of x (2 B, GROUP) to first or second
+    (N, B): a quarter is summed in first, or the next one in second."""
+    whole = tl.dot(w, tl.trans(x), out_dtype=tl.int32)
+    high, low = tl.split(tl.reshape(whole, (whole.shape[0], whole.shape[1] // 2, 2)))
+    whole = (high * 256 + low).to(tl.float32)
+    first = tl.fma(whole, tl.where(early, scale, 0)[None, :], first)
+    return first, tl.fma(whole, tl.where(early, 0, scale)[None, :], second)
+
+
+@triton.jit
 def few_rows_kernel(
     digits, scales, CB, SCB, out, partial, arrivals, B, N,
     D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, AHEAD: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_N outputs of all rows from a part of the columns."""
+    """Each program computes BLOCK_N outputs of all rows from a quarter or half of the columns."""
     tile, part = tl.program_id(0), tl.program_id(1)
     outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch = tl.arange(0, BLOCK_B)
+    batch, pairs = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B)
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    SHARE: tl.constexpr = (GROUPS + SPLITS - 1) // SPLITS
+    QUARTER: tl.constexpr = (GROUPS + 3) // 4
+    SHARE: tl.constexpr = QUARTER * 4 // SPLITS
+    FULL: tl.constexpr = 4 * QUARTER * GROUP == D
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    weights = CB + outputs[:, None].to(tl.int64) * D
-    y, y_up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-    for i in range(0, SHARE):
-        g = part * SHARE + i  # past the last group there are no columns
-        columns = g * GROUP + tl.arange(0, GROUP)
-        there = (outputs < N)[:, None] & (columns < D)[None, :]
-        known = (batch < B)[None, :] & (columns < D)[:, None]
-        value = digits + batch[None, :] * D + columns[:, None]
-        high = tl.load(value, mask=known, other=0)
-        low = tl.load(value + B * D, mask=known, other=0)
-        scale = tl.load(scales + batch * GROUPS + tl.minimum(g, GROUPS - 1), batch < B, other=0)
-        w = tl.load(weights + columns[None, :], mask=there, other=0)
-        whole = tl.dot(w, high, out_dtype=tl.int32) * 256 + tl.dot(w, low, out_dtype=tl.int32)
-        y += whole.to(tl.float32) * scale[None, :]
+    weights = CB + tl.minimum(outputs, N - 1)[:, None].to(tl.int64) * D
+    up_weights = weights + N.to(tl.int64) * D
+    columns = (part * SHARE * GROUP + tl.arange(0, GROUP))[None, :]
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        inside = (columns + i * GROUP < D) | FULL
+        ahead += (tl.load(weights + columns + i * GROUP, inside, 0),)
         if THEN == "swiglu":
-            w = tl.load(weights + N.to(tl.int64) * D + columns[None, :], mask=there, other=0)
-            whole = tl.dot(w, high, out_dtype=tl.int32) * 256 + tl.dot(w, low, out_dtype=tl.int32)
-            y_up += whole.to(tl.float32) * scale[None, :]
+            ahead += (tl.load(up_weights + columns + i * GROUP, inside, 0),)
+    if PDL:
+        gdc_wait()
+    y, y2 = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+    up, up2 = tl.zeros_like(y), tl.zeros_like(y)
+    x = digits + pairs[:, None] * D + columns
+    known = (pairs < 2 * B)[:, None]
+    x_scales = scales + batch * GROUPS + part * SHARE
+    for i in tl.static_range(AHEAD):
+        inside = (columns + i * GROUP < D) | FULL
+        some = tl.load(x + i * GROUP, known & inside, 0)
+        scale = tl.load(x_scales + i, (batch < B) & (part * SHARE + i < GROUPS), 0)
+        if THEN == "swiglu":
+            y, y2 = add_groups(y, y2, ahead[2 * i], some, scale, i < QUARTER)
+            up, up2 = add_groups(up, up2, ahead[2 * i + 1], some, scale, i < QUARTER)
+        else:
+            y, y2 = add_groups(y, y2, ahead[i], some, scale, i < QUARTER)
+    for i in range(AHEAD, SHARE):
+        inside = (columns + i * GROUP < D) | FULL
+        some = tl.load(x + i * GROUP, known & inside, 0)
+        scale = tl.load(x_scales + i, (batch < B) & (part * SHARE + i < GROUPS), 0)
+        w = tl.load(weights + columns + i * GROUP, inside, 0)
+        y, y2 = add_groups(y, y2, w, some, scale, i < QUARTER)
+        if THEN == "swiglu":
+            w = tl.load(up_weights + columns + i * GROUP, inside, 0)
+            up, up2 = add_groups(up, up2, w, some, scale, i < QUARTER)
+    y += y2
+    up += up2
 
     # Each program stores its partial sum; the last to arrive adds them in the order of the parts.
     SIZE: tl.constexpr = BLOCK_N * BLOCK_B
@@ -201,49 +272,58 @@ def few_rows_kernel(
     mine = partial + (tile * SPLITS + part) * 2 * SIZE + spot
     tl.store(mine, y)
     if THEN == "swiglu":
-        tl.store(mine + SIZE, y_up)
+        tl.store(mine + SIZE, up)
     tl.debug_barrier()
     if tl.atomic_add(arrivals + tile, 1) == SPLITS - 1:
         tl.store(arrivals + tile, 0)
-        y, y_up = tl.zeros_like(y), tl.zeros_like(y)
-        for s in tl.static_range(SPLITS):
-            theirs = partial + (tile * SPLITS + s) * 2 * SIZE + spot
-            y += tl.load(theirs, cache_modifier=".cg")
-            if THEN == "swiglu":
-                y_up += tl.load(theirs + SIZE, cache_modifier=".cg")
-        y *= (tl.load(SCB + outputs, mask=outputs < N, other=0) / 127)[:, None]
+        there = outputs < N
+        all = partial + tile * SPLITS * 2 * SIZE + spot
+        y = sum_of_parts(all, SIZE, SPLITS) * (tl.load(SCB + outputs, there, 0) / 127)[:, None]
         if THEN == "swiglu":
-            y_up *= (tl.load(SCB + N + outputs, mask=outputs < N, other=0) / 127)[:, None]
-            y = y * tl.sigmoid(y) * y_up
-        there = (outputs < N)[:, None] & (batch < B)[None, :]
+            up_scale = tl.load(SCB + N + outputs, there, 0) / 127
+            up = sum_of_parts(all + SIZE, SIZE, SPLITS) * up_scale[:, None]
+            y = y * tl.sigmoid(y) * up
+        there = there[:, None] & (batch < B)[None, :]
         target = out + batch[None, :] * N + outputs[:, None]
         if THEN == "add":
             y += tl.load(target, mask=there, other=0)
-        tl.store(target, y.to(out.dtype.element_ty), mask=there)
+        tl.store(target, y, mask=there)
 
 
-def linear(
-    x: Tensor, weights: Pair, out: Tensor, then: str, buffers: Pair, norm: Norm = None
-) -> None:
-    """x (B, D), fp16, or float32 and first normalized, times int8 weights CB (N, D) with scales SCB
-    (N,), accumulated in float32; beyond 32 rows the weights are read again for each 32. `then` says
-    what becomes of the product y (B, N): "store" puts it into out, "add" adds it, "swiglu" puts
-    silu(y's first half) * its second half into out (B, N / 2). `buffers` are linear_buffers()."""
-    (B, D), N = x.shape, out.shape[1]
+@triton.jit
+def sum_of_parts(first, SIZE: tl.constexpr, SPLITS: tl.constexpr):
+    y = tl.load(first, cache_modifier=".cg") + tl.load(first + 2 * SIZE, cache_modifier=".cg")
+    if SPLITS == 4:
+        third = tl.load(first + 4 * SIZE, cache_modifier=".cg")
+        y += third + tl.load(first + 6 * SIZE, cache_modifier=".cg")
+    return y
+
+
+def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> None:
+    """x, which is split(), times int8 weights CB (N, D) with scales SCB (N,); beyond 32 rows the
+    weights are read again for each 32. `then` says what becomes of the product y (B, N): "store"
+    puts it into out, "add" adds it, "swiglu" puts silu(y's first half) * its second half into out
+    (B, N / 2) float32. `buffers` are linear_buffers(). A row's result is the same bit for bit
+    whatever the number of rows is."""
+    (digits, scales), (CB, SCB) = x, weights
+    (B, _, D), N = digits.shape, out.shape[1]
     if B > MOST_ROWS:
-        for some, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS)):
-            linear(some, weights, into, then, buffers, norm)
+        rows = zip(*(tensor.split(MOST_ROWS) for tensor in x), strict=True)
+        for some, into in zip(rows, out.split(MOST_ROWS)):
+            linear(some, weights, into, then, buffers)
         return
-    options = {**dependent(x), "num_warps": 4}
+    group = triton.next_power_of_2(triton.cdiv(D, scales.shape[1]))
+    options = {**dependent(out), "num_warps": 4, "enable_fp_fusion": False}
     if B == 1:
-        tiles = triton.cdiv(D, TILE)
-        if norm:
-            raw, x = x, torch.empty(1, D, dtype=torch.float16, device=x.device)
-            normalize_kernel[(tiles,)](raw, *norm, x, D, TILE, tiles, **options)
-        matvec_kernel[(N,)](x, *weights, out, N, D, TILE, tiles, then, **options)
+        words = digits.view(torch.int32), scales, CB.view(torch.int32), SCB
+        one_row_kernel[(triton.cdiv(N, ROWS),)](
+            *words, out, N, D, group, ROWS, then, out.is_cuda, **options | {"num_warps": ROWS}
+        )
         return
     splits = MAX_PARTS if N < 8192 else 2
+    ahead = min(AHEAD, triton.cdiv(scales.shape[1], 4) * 4 // splits)
     few_rows_kernel[(triton.cdiv(N, BLOCK_N), splits)](
-        *split(x, norm), *weights, out, *buffers, B, N, D, GROUP,
-        max(16, triton.next_power_of_2(B)), BLOCK_N, splits, then, **options, num_stages=STAGES,
+        digits, scales, CB, SCB, out, *buffers, B, N, D, group,
+        max(8, triton.next_power_of_2(B)), BLOCK_N, splits, ahead, then, **options,
+        num_stages=STAGES,
     )  # fmt: skip
