@@ -22,6 +22,7 @@ DIGITS = 32512  # the largest value of two digits: 256 x 127
 # Outputs a program for one row, and groups of BLOCK_N outputs that a program for several rows
 # requests before it waits for their activations.
 ROWS = 2
+WARPS = 2
 AHEAD = 2
 STAGES = 4
 Norm = tuple[Tensor, float] | None  # of an RMSNorm: its weight (D,) fp16 and epsilon
@@ -226,7 +227,6 @@ def few_rows_kernel(
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
     SHARE: tl.constexpr = QUARTER * 4 // SPLITS
-    FULL: tl.constexpr = 4 * QUARTER * GROUP == D
     if PDL:
         gdc_launch_dependents()
     weights = CB + tl.minimum(outputs, N - 1)[:, None].to(tl.int64) * D
@@ -234,7 +234,7 @@ def few_rows_kernel(
     columns = (part * SHARE * GROUP + tl.arange(0, GROUP))[None, :]
     ahead = ()
     for i in tl.static_range(AHEAD):
-        inside = (columns + i * GROUP < D) | FULL
+        inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
         ahead += (tl.load(weights + columns + i * GROUP, inside, 0),)
         if THEN == "swiglu":
             ahead += (tl.load(up_weights + columns + i * GROUP, inside, 0),)
@@ -245,19 +245,20 @@ def few_rows_kernel(
     x = digits + pairs[:, None] * D + columns
     known = (pairs < 2 * B)[:, None]
     x_scales = scales + batch * GROUPS + part * SHARE
+    there = tl.where(batch < B, GROUPS - part * SHARE, 0)  # groups of each row from here on
     for i in tl.static_range(AHEAD):
-        inside = (columns + i * GROUP < D) | FULL
+        inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
         some = tl.load(x + i * GROUP, known & inside, 0)
-        scale = tl.load(x_scales + i, (batch < B) & (part * SHARE + i < GROUPS), 0)
+        scale = tl.load(x_scales + i, i < there, 0)
         if THEN == "swiglu":
             y, y2 = add_groups(y, y2, ahead[2 * i], some, scale, i < QUARTER)
             up, up2 = add_groups(up, up2, ahead[2 * i + 1], some, scale, i < QUARTER)
         else:
             y, y2 = add_groups(y, y2, ahead[i], some, scale, i < QUARTER)
     for i in range(AHEAD, SHARE):
-        inside = (columns + i * GROUP < D) | FULL
+        inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
         some = tl.load(x + i * GROUP, known & inside, 0)
-        scale = tl.load(x_scales + i, (batch < B) & (part * SHARE + i < GROUPS), 0)
+        scale = tl.load(x_scales + i, i < there, 0)
         w = tl.load(weights + columns + i * GROUP, inside, 0)
         y, y2 = add_groups(y, y2, w, some, scale, i < QUARTER)
         if THEN == "swiglu":
@@ -317,7 +318,7 @@ def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> Non
     if B == 1:
         words = digits.view(torch.int32), scales, CB.view(torch.int32), SCB
         one_row_kernel[(triton.cdiv(N, ROWS),)](
-            *words, out, N, D, group, ROWS, then, out.is_cuda, **options | {"num_warps": ROWS}
+            *words, out, N, D, group, ROWS, then, out.is_cuda, **options | {"num_warps": WARPS}
         )
         return
     splits = MAX_PARTS if N < 8192 else 2
