@@ -245,11 +245,11 @@ def few_rows_kernel(
     x = digits + pairs[:, None] * D + columns
     known = (pairs < 2 * B)[:, None]
     x_scales = scales + batch * GROUPS + part * SHARE
-    there = tl.where(batch < B, GROUPS - part * SHARE, 0)  # groups of each row from here on
+    groups = tl.where(batch < B, GROUPS - part * SHARE, 0)  # those of each row from here on
     for i in tl.static_range(AHEAD):
         inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
         some = tl.load(x + i * GROUP, known & inside, 0)
-        scale = tl.load(x_scales + i, i < there, 0)
+        scale = tl.load(x_scales + i, i < groups, 0)
         if THEN == "swiglu":
             y, y2 = add_groups(y, y2, ahead[2 * i], some, scale, i < QUARTER)
             up, up2 = add_groups(up, up2, ahead[2 * i + 1], some, scale, i < QUARTER)
@@ -258,7 +258,7 @@ def few_rows_kernel(
     for i in range(AHEAD, SHARE):
         inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
         some = tl.load(x + i * GROUP, known & inside, 0)
-        scale = tl.load(x_scales + i, i < there, 0)
+        scale = tl.load(x_scales + i, i < groups, 0)
         w = tl.load(weights + columns + i * GROUP, inside, 0)
         y, y2 = add_groups(y, y2, w, some, scale, i < QUARTER)
         if THEN == "swiglu":
