@@ -11,7 +11,6 @@ from llama.model import ModelArgs
 Pair = tuple[Tensor, Tensor]
 MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 BLOCK_N = 64  # outputs a program of it, when there are several rows
-MAX_PARTS = 4  # into which it splits the columns of a weight
 MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
 BLOCK_KEPT = 16  # columns kept in fp16 that are added at once, the least of a tensor core
 
@@ -52,9 +51,9 @@ def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
 
 def linear_buffers(N: int, device: torch.device) -> Pair:
     """For `few_rows.linear` with up to N outputs (a "swiglu" layer has half its weight's rows): the
-    partial sums of its programs, and how many have arrived."""
+    sums of the quarters of the columns, and how many programs have arrived."""
     tiles = -(-N // BLOCK_N)
-    sums = tiles * BLOCK_N * MOST_ROWS * 2 * MAX_PARTS  # 2: both halves of "swiglu"
+    sums = tiles * BLOCK_N * MOST_ROWS * 2 * 4  # 2: both halves of "swiglu"
     partial = torch.zeros(sums, dtype=torch.float32, device=device)
     return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
 

@@ -17,7 +17,10 @@ from llama.kernels.few_rows import DIGITS, digits_of, split_torch
 from llama.kernels.launch import dependent
 
 BLOCK = 64  # tokens at a time
-STAGES = 2
+LEAST = 8  # of them a split, unless the sequence is shorter
+PROGRAMS = 1024
+WARPS = 4
+STAGES = 3
 
 
 def attend_torch(qkv, caches, positions, rotation, buffers=None) -> Pair:
@@ -30,94 +33,124 @@ def attend_torch(qkv, caches, positions, rotation, buffers=None) -> Pair:
         keys, values = (cache[b : b + 1, : position + 1].float() for cache in caches)
         seen = torch.ones(1, 1, 1, position + 1, dtype=torch.bool, device=qkv.device)
         out[b] = model.attend(q[b : b + 1], keys, values, seen).flatten()
-    return split_torch(out, group=K)
+    return split_torch(out, heads=q.shape[2])
+
+
+@triton.jit
+def store_heads(
+    heads, h, there, digits, scales, H: tl.constexpr, K: tl.constexpr, DIGITS: tl.constexpr
+):
+    """Stores heads (n, K), whose numbers are h (n,), as two digits and a scale each."""
+    high, low, scale = digits_of(heads, DIGITS)
+    out = digits + h[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(out, high, there[:, None])
+    tl.store(out + H * K, low, there[:, None])
+    tl.store(scales + h, scale, there)
 
 
 @triton.jit
 def attend_kernel(
     qkv, k_cache, v_cache, positions, rotation, partial, arrivals, digits, scales, S, scale,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, MAX_SPLITS: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program attends for the query heads of one key head of one row to a part of the tokens.
-    HEADS is their number, or the least that a tensor core takes."""
-    b, kv, split = tl.program_id(0) // HKV, tl.program_id(0) % HKV, tl.program_id(1)
+    """Each program attends for the query heads of one key head of one row to some splits of the
+    tokens. HEADS is their number, or the least that a tensor core takes."""
+    b, kv, first = tl.program_id(0) // HKV, tl.program_id(0) % HKV, tl.program_id(1)
     GROUP: tl.constexpr = H // HKV
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
+    # The kernel before this one writes qkv alone: all else is there since the step began.
     position = tl.load(positions + b)
     blocks = position // BLOCK + 1
-    steps = (blocks + MAX_SPLITS - 1) // MAX_SPLITS
+    steps = tl.maximum((blocks + MAX_SPLITS - 1) // MAX_SPLITS, LEAST)
     splits = (blocks + steps - 1) // steps
-    if split < splits:
-        d, h = tl.arange(0, K), tl.arange(0, HEADS)
-        # Pair i of a head is (2i, 2i + 1): x turns into x cos - partner sin, or + for the odd one.
-        angle = rotation + position * K + d // 2 * 2
-        cos = tl.load(angle)
-        sin = tl.load(angle + 1) * tl.where(d % 2 == 0, -1.0, 1.0)
+    d, h = tl.arange(0, K), tl.arange(0, HEADS)
+    there = h < GROUP
+    # Pair i of a head is (2i, 2i + 1): x turns into x cos - partner sin, or + for the odd one.
+    angle = rotation + position * K + d // 2 * 2
+    cos = tl.load(angle)
+    sin = tl.load(angle + 1) * tl.where(d % 2 == 0, -1.0, 1.0)
+    if PDL:
+        gdc_wait()
+    if first < splits:
+        digits, scales = digits + 2 * b * H * K, scales + b * H
         row = qkv + b * (H + 2 * HKV) * K
         head = row + (kv * GROUP + h)[:, None] * K
-        there = (h < GROUP)[:, None]
-        q = tl.load(head + d[None, :], there, 0) * cos[None, :]
-        q += tl.load(head + (d ^ 1)[None, :], there, 0) * sin[None, :]
+        q = tl.load(head + d[None, :], there[:, None], 0) * cos[None, :]
+        q += tl.load(head + (d ^ 1)[None, :], there[:, None], 0) * sin[None, :]
         q = (q * scale).to(tl.float16)
-
-        k_row, v_row = row + (H + kv) * K, row + (H + HKV + kv) * K
-        k_new = (tl.load(k_row + d) * cos + tl.load(k_row + (d ^ 1)) * sin).to(tl.float16)
-        v_new = tl.load(v_row + d).to(tl.float16)
         start = (b.to(tl.int64) * S * HKV + kv) * K
-
-        newest = split == splits - 1  # the newest token is in this split, not yet in the cache
-        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-        best = tl.where(newest, score, -1.0e30)
-        total = tl.where(newest, 1.0, 0.0) + tl.zeros((HEADS,), tl.float32)
-        value = tl.zeros((HEADS, K), tl.float32)
-        value += tl.where(newest, v_new.to(tl.float32), 0.0)[None, :]
-        if newest:
-            tl.store(k_cache + start + position * HKV * K + d, k_new)
-            tl.store(v_cache + start + position * HKV * K + d, v_new)
-        tokens = split * steps * BLOCK + tl.arange(0, BLOCK)
-        for i in range(0, steps):
-            token = tokens + i * BLOCK
-            seen = token < position
-            at = start + token[:, None].to(tl.int64) * (HKV * K) + d[None, :]
-            k = tl.load(k_cache + at, seen[:, None], 0)
-            v = tl.load(v_cache + at, seen[:, None], 0)
-            scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
-            new_best = tl.maximum(best, tl.max(scores, 1))
-            weight = tl.exp(scores - new_best[:, None])
-            shrink = tl.exp(best - new_best)
-            total = total * shrink + tl.sum(weight, 1)
-            value = tl.dot(weight.to(tl.float16), v, value * shrink[:, None])
-            best = new_best
-
+        value, total = tl.zeros((HEADS, K), tl.float32), tl.zeros((HEADS,), tl.float32)
         # A split leaves values (GROUP, K), then the best scores and the totals.
         SIZE: tl.constexpr = GROUP * (K + 2)
-        mine = partial + (tl.program_id(0) * MAX_SPLITS + split) * SIZE
-        tl.store(mine + h[:, None] * K + d[None, :], value, there)
-        tl.store(mine + GROUP * K + h, best, h < GROUP)
-        tl.store(mine + GROUP * (K + 1) + h, total, h < GROUP)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tl.program_id(0), 1)
-        if arrived == splits - 1:  # the last to arrive merges all, in the order of the splits
-            tl.store(arrivals + tl.program_id(0), 0)
-            s = tl.arange(0, MAX_SPLITS)
-            for g in tl.static_range(GROUP):
-                theirs = partial + (tl.program_id(0) * MAX_SPLITS + s) * SIZE
-                other = theirs + GROUP * K + g
-                bests = tl.load(other, s < splits, -float("inf"), cache_modifier=".cg")
-                totals = tl.load(other + GROUP, s < splits, 0, cache_modifier=".cg")
-                theirs = theirs[:, None] + g * K + d[None, :]
-                values = tl.load(theirs, (s < splits)[:, None], 0, cache_modifier=".cg")
-                weight = tl.exp(bests - tl.max(bests, 0))
-                merged = tl.sum(weight[:, None] * values, 0) / tl.sum(weight * totals, 0)
-                high, low, unit = digits_of(merged[None, :], DIGITS)
-                h_out = kv * GROUP + g
-                out = digits + (2 * b * H + h_out) * K + d[None, :]
-                tl.store(out, high)
-                tl.store(out + H * K, low)
-                tl.store(scales + b * H + h_out + tl.arange(0, 1), unit)
+        parts = partial + tl.program_id(0) * MAX_SPLITS * SIZE
+        split = first
+        while split < splits:
+            if split == splits - 1:  # the newest token is not in the cache yet
+                k_row, v_row = row + (H + kv) * K, row + (H + HKV + kv) * K
+                k_new = (tl.load(k_row + d) * cos + tl.load(k_row + (d ^ 1)) * sin).to(tl.float16)
+                v_new = tl.load(v_row + d).to(tl.float16)
+                tl.store(k_cache + start + position * HKV * K + d, k_new)
+                tl.store(v_cache + start + position * HKV * K + d, v_new)
+                best = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+                total = tl.full((HEADS,), 1, tl.float32)
+                value = tl.zeros((HEADS, K), tl.float32) + v_new.to(tl.float32)[None, :]
+            else:
+                best = tl.full((HEADS,), -1.0e30, tl.float32)
+                total = tl.zeros((HEADS,), tl.float32)
+                value = tl.zeros((HEADS, K), tl.float32)
+            tokens = split * steps * BLOCK + tl.arange(0, BLOCK)
+            for i in range(0, tl.minimum(steps, blocks - split * steps)):
+                token = tokens + i * BLOCK
+                seen = token < position
+                at = start + token[:, None].to(tl.int64) * (HKV * K) + d[None, :]
+                k = tl.load(k_cache + at, seen[:, None], 0)
+                v = tl.load(v_cache + at, seen[:, None], 0)
+                scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
+                new_best = tl.maximum(best, tl.max(scores, 1))
+                weight = tl.exp(scores - new_best[:, None])
+                shrink = tl.exp(best - new_best)
+                total = total * shrink + tl.sum(weight, 1)
+                value = tl.dot(weight.to(tl.float16), v, value * shrink[:, None])
+                best = new_best
+            if splits > 1:
+                mine = parts + split * SIZE
+                tl.store(mine + h[:, None] * K + d[None, :], value, there[:, None])
+                tl.store(mine + GROUP * K + h, best, there)
+                tl.store(mine + GROUP * (K + 1) + h, total, there)
+            split += tl.num_programs(1)
+
+        if splits == 1:
+            heads = value / total[:, None]
+            store_heads(heads, kv * GROUP + h, there, digits, scales, H, K, DIGITS)
+        else:
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + tl.program_id(0), 1)
+            # The last to arrive merges all, in the order of the splits.
+            if arrived == tl.minimum(splits, tl.num_programs(1)) - 1:
+                tl.store(arrivals + tl.program_id(0), 0)
+                s = tl.arange(0, MAX_SPLITS)
+                for g in tl.static_range(GROUP):
+                    theirs = parts + s * SIZE
+                    other = theirs + GROUP * K + g
+                    bests = tl.load(other, s < splits, -float("inf"), cache_modifier=".cg")
+                    totals = tl.load(other + GROUP, s < splits, 0, cache_modifier=".cg")
+                    theirs = theirs[:, None] + g * K + d[None, :]
+                    values = tl.load(theirs, (s < splits)[:, None], 0, cache_modifier=".cg")
+                    weight = tl.exp(bests - tl.max(bests, 0))
+                    merged = tl.sum(weight[:, None] * values, 0) / tl.sum(weight * totals, 0)
+                    one = tl.arange(0, 1)
+                    store_heads(
+                        merged[None, :],
+                        kv * GROUP + g + one,
+                        one == 0,
+                        digits,
+                        scales,
+                        H,
+                        K,
+                        DIGITS,
+                    )
 
 
 def attend(qkv: Tensor, caches: Pair, positions: Tensor, rotation: Tensor, buffers: Pair) -> Pair:
@@ -130,9 +163,10 @@ def attend(qkv: Tensor, caches: Pair, positions: Tensor, rotation: Tensor, buffe
     heads = max(16, triton.next_power_of_2(H // Hkv))
     digits = torch.empty(B, 2, H * K, dtype=torch.int8, device=qkv.device)
     scales = torch.empty(B, H, device=qkv.device)
-    attend_kernel[(B * Hkv, min(MAX_SPLITS, triton.cdiv(S, BLOCK)))](
+    programs = min(MAX_SPLITS, triton.cdiv(S, LEAST * BLOCK), triton.cdiv(PROGRAMS, B * Hkv))
+    attend_kernel[(B * Hkv, programs)](
         qkv, *caches, positions, rotation, *buffers, digits, scales, S, K**-0.5, H, Hkv, K,
-        heads, BLOCK, MAX_SPLITS, DIGITS, **dependent(qkv), num_warps=4,
+        heads, BLOCK, LEAST, MAX_SPLITS, DIGITS, **dependent(qkv), num_warps=WARPS,
         num_stages=STAGES,
     )  # fmt: skip
     return digits, scales

@@ -1,9 +1,9 @@
 """int8 weights times the rows of a decode step, with the same bits whatever the number of rows.
 
-An activation is two int8 digits, 256 high + low, times a scale that a group of columns shares; it
-keeps 15 bits. Products of digits and codes add up to whole numbers, exact in any order and on any
-unit: dp4a for one row, tensor cores for several. The float32 sums have one order: the groups of a
-quarter of the columns, one after the other, then (q0 + q1) + (q2 + q3).
+An activation is two int8 digits, 256 high + low, times a scale that its row shares, or its head of
+attention; it keeps 15 bits. Products of digits and codes add up to whole numbers, exact in any
+order and on any unit: dp4a for one row, tensor cores for several. The float32 sums have one order:
+the heads of a quarter of the columns, one after the other, then (q0 + q1) + (q2 + q3).
 """
 
 import torch
@@ -13,24 +13,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama.buffers import BLOCK_N, MAX_PARTS, MOST_ROWS, Pair
+from llama.buffers import BLOCK_N, MOST_ROWS, Pair
 from llama.kernels.launch import dependent
 
-TILE = 1024  # columns that a program of split() takes
-GROUP = 128  # columns that share a scale, unless a narrower attention head has one
+GROUP = 128  # columns multiplied at once, unless a head that has a scale is narrower
 DIGITS = 32512  # the largest value of two digits: 256 x 127
-# Outputs a program for one row, and groups of BLOCK_N outputs that a program for several rows
-# requests before it waits for their activations.
-ROWS = 2
-WARPS = 2
-AHEAD = 2
+ROWS = 2  # outputs a program for one row
+WARPS = 4
+FEW_WARPS = 4
 STAGES = 4
 Norm = tuple[Tensor, float] | None  # of an RMSNorm: its weight (D,) fp16 and epsilon
 
 
 def linear_torch(x: Pair, weights: Pair, out: Tensor, then: str, buffers=None) -> None:
     CB, SCB = weights
-    y = joined(x) @ (CB.float() * (SCB / 127)[:, None]).T
+    y = joined(x).double() @ (CB.double() * (SCB / 127)[:, None]).T
     if then == "swiglu":
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
@@ -41,8 +38,7 @@ def joined(x: Pair) -> Tensor:
     """The rows that split() split: (B, D) float32."""
     digits, scales = x
     whole = digits[:, 0].float() * 256 + digits[:, 1]
-    group = triton.next_power_of_2(triton.cdiv(whole.shape[1], scales.shape[1]))
-    return whole * scales.repeat_interleave(group, 1)[:, : whole.shape[1]]
+    return whole * scales.repeat_interleave(whole.shape[1] // scales.shape[1], 1)
 
 
 def normalized(x: Tensor, norm: Norm) -> Tensor:
@@ -50,21 +46,19 @@ def normalized(x: Tensor, norm: Norm) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], norm[0].float(), norm[1]) if norm else x
 
 
-def split_torch(x: Tensor, norm: Norm = None, group: int = GROUP) -> Pair:
-    x = normalized(x, norm)
-    groups = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scales = groups.abs().amax(-1) / DIGITS
-    whole = (groups / scales.clamp(min=1e-30)[..., None]).round().int().flatten(1)
+def split_torch(x: Tensor, norm: Norm = None, heads: int = 1) -> Pair:
+    parts = normalized(x, norm).unflatten(1, (heads, -1))
+    scales = parts.abs().amax(-1) / DIGITS
+    whole = (parts / scales.clamp(min=1e-30)[..., None]).round().int().flatten(1)
     high = (whole + 128) >> 8
-    digits = torch.stack([high, whole - (high << 8)], 1)[..., : x.shape[1]]
-    return digits.to(torch.int8), scales
+    return torch.stack([high, whole - (high << 8)], 1).to(torch.int8), scales
 
 
 @triton.jit
-def digits_of(groups, DIGITS: tl.constexpr):
-    """The high and low digits of groups (G, GROUP), and the scale (G,) of each."""
-    scale = tl.max(tl.abs(groups), 1) / DIGITS
-    ratio = groups / tl.maximum(scale, 1e-30)[:, None]
+def digits_of(parts, DIGITS: tl.constexpr):
+    """The high and low digits of parts (P, D), and the scale (P,) of each."""
+    scale = tl.max(tl.abs(parts), 1) / DIGITS
+    ratio = parts / tl.maximum(scale, 1e-30)[:, None]
     whole = tl.where(ratio < 0, ratio - 0.5, ratio + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     return high.to(tl.int8), (whole - (high << 8)).to(tl.int8), scale
@@ -72,48 +66,37 @@ def digits_of(groups, DIGITS: tl.constexpr):
 
 @triton.jit
 def split_kernel(
-    x, gain, eps, digits, scales, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    GROUP: tl.constexpr, DIGITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    x, gain, eps, digits, scales, D: tl.constexpr, WIDTH: tl.constexpr, DIGITS: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program splits a tile of a row; to normalize, it reads all of the row."""
-    b, tile = tl.program_id(0), tl.program_id(1)
-    G: tl.constexpr = TILE // GROUP
-    columns = tile * TILE + tl.arange(0, G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    x += b * D
+    """Each program splits a row."""
+    b, d = tl.program_id(0), tl.arange(0, WIDTH)
     if PDL:
         gdc_launch_dependents()
     if NORM:
-        weight = tl.load(gain + columns, mask=columns < D, other=0).to(tl.float32)
+        weight = tl.load(gain + d, mask=d < D, other=0).to(tl.float32)
     if PDL:
         gdc_wait()
-    value = tl.load(x + columns, mask=columns < D, other=0)
+    value = tl.load(x + b * D + d, mask=d < D, other=0)
     if NORM:
-        squares = tl.zeros((TILE,), tl.float32)
-        for i in tl.static_range(TILES):
-            d = i * TILE + tl.arange(0, TILE)
-            one = tl.load(x + d, mask=d < D, other=0)
-            squares += one * one
-        value = value / tl.sqrt(tl.sum(squares, 0) / D + eps) * weight
-    high, low, scale = digits_of(value, DIGITS)
-    digits += 2 * b * D + columns
-    tl.store(digits, high, mask=columns < D)
-    tl.store(digits + D, low, mask=columns < D)
-    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-    g = tile * G + tl.arange(0, G)
-    tl.store(scales + b * GROUPS + g, scale, mask=g < GROUPS)
+        value = value / tl.sqrt(tl.sum(value * value, 0) / D + eps) * weight
+    high, low, scale = digits_of(value[None, :], DIGITS)
+    digits += 2 * b * D + d[None, :]
+    tl.store(digits, high, mask=(d < D)[None, :])
+    tl.store(digits + D, low, mask=(d < D)[None, :])
+    tl.store(scales + b + tl.arange(0, 1), scale)
 
 
 def split(x: Tensor, norm: Norm = None) -> Pair:
     """x (B, D) float32, first normalized if a norm is given, as two int8 digits and a float32 scale
-    for each GROUP columns: x = (256 * digits[:, 0] + digits[:, 1]) * scale, digits (B, 2, D),
-    scales (B, D / GROUP). Its error is at most 1 / 64,000 of the group's largest magnitude."""
+    a row: x = (256 * digits[:, 0] + digits[:, 1]) * scale, digits (B, 2, D), scales (B, 1). Its
+    error is at most 1 / 64,000 of the row's largest magnitude."""
     B, D = x.shape
     digits = torch.empty(B, 2, D, dtype=torch.int8, device=x.device)
-    scales = torch.empty(B, triton.cdiv(D, GROUP), device=x.device)
-    tiles = triton.cdiv(D, TILE)
-    split_kernel[(B, tiles)](
-        x, *(norm or (None, 0.0)), digits, scales, D, TILE, tiles, GROUP, DIGITS,
-        norm is not None, **dependent(x), num_warps=4,
+    scales = torch.empty(B, 1, device=x.device)
+    split_kernel[(B,)](
+        x, *(norm or (None, 0.0)), digits, scales, D, triton.next_power_of_2(D), DIGITS,
+        norm is not None, **dependent(x), num_warps=8 if D <= 8192 else 16,
     )  # fmt: skip
     return digits, scales
 
@@ -143,12 +126,17 @@ def requested(row, words, STEP: tl.constexpr, TILES: tl.constexpr, END: tl.const
 
 
 @triton.jit
-def add_group(y, w, high, low, scale, DP4A: tl.constexpr):
-    """y (R, 4) with the products of a group of each quarter added; w (R, 4, words)."""
-    high = tl.broadcast_to(high, w.shape)
-    low = tl.broadcast_to(low, w.shape)
-    whole = dot4(w, low, dot4(w, high, tl.zeros_like(w), DP4A) * 256, DP4A)
-    return tl.fma(tl.sum(whole, 2).to(tl.float32), scale[None, :], y)
+def add_products(high, low, w, x, END: tl.constexpr, inside, DP4A: tl.constexpr):
+    """high and low (R, 4, words) with the products of w and of both digits at x added."""
+    a = tl.broadcast_to(tl.load(x, inside, 0), w.shape)
+    b = tl.broadcast_to(tl.load(x + END, inside, 0), w.shape)
+    return dot4(w, a, high, DP4A), dot4(w, b, low, DP4A)
+
+
+@triton.jit
+def scaled(high, low, scale):
+    """What whole numbers (256 high + low) * scale stand for."""
+    return (high.to(tl.float32) * 256 + low.to(tl.float32)) * scale
 
 
 @triton.jit
@@ -161,8 +149,8 @@ def quarters(y, R: tl.constexpr):
 
 @triton.jit
 def one_row_kernel(
-    digits, scales, CB, SCB, out, N, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
+    digits, scales, CB, SCB, out, N, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program computes ROWS outputs; it requests their weights, all of them, before the wait.
     digits and CB are words of four."""
@@ -177,25 +165,32 @@ def one_row_kernel(
     words = (quarter[:, None] * (QUARTER * STEP) + words[None, :])[None]
     row = CB + (tl.minimum(n, N - 1).to(tl.int64) * END)[:, None, None]
     tiles = requested(row, words, STEP, QUARTER, END)
-    y = tl.zeros((ROWS, 4), tl.float32)
     if THEN == "swiglu":
         up_tiles = requested(row + N.to(tl.int64) * END, words, STEP, QUARTER, END)
-        up = tl.zeros((ROWS, 4), tl.float32)
+        up_high, up_low = tl.zeros_like(tiles[0]), tl.zeros_like(tiles[0])
+    high, low = tl.zeros_like(tiles[0]), tl.zeros_like(tiles[0])
+    y = tl.zeros((ROWS, 4), tl.float32)
     if PDL:
         gdc_wait()
     for i in tl.static_range(QUARTER):
         word = words + i * STEP
         inside = (word < END) | (4 * QUARTER * STEP == END)
-        high = tl.load(digits + word, inside, 0)
-        low = tl.load(digits + END + word, inside, 0)
-        g = quarter * QUARTER + i
-        scale = tl.load(scales + g, g < GROUPS, 0)
-        y = add_group(y, tiles[i], high, low, scale, DP4A)
+        high, low = add_products(high, low, tiles[i], digits + word, END, inside, DP4A)
         if THEN == "swiglu":
-            up = add_group(up, up_tiles[i], high, low, scale, DP4A)
+            up_high, up_low = add_products(
+                up_high, up_low, up_tiles[i], digits + word, END, inside, DP4A
+            )
+        if HEADS > 1:
+            head = quarter * QUARTER + i
+            scale = tl.load(scales + head, head < HEADS, 0)[None, :]
+            y += scaled(tl.sum(high, 2), tl.sum(low, 2), scale)
+            high, low = tl.zeros_like(high), tl.zeros_like(low)
+    if HEADS == 1:
+        y = scaled(tl.sum(high, 2), tl.sum(low, 2), tl.load(scales))
     there = n < N
     y = quarters(y, ROWS) * (tl.load(SCB + n, there, 0) / 127)
     if THEN == "swiglu":
+        up = scaled(tl.sum(up_high, 2), tl.sum(up_low, 2), tl.load(scales))
         up = quarters(up, ROWS) * (tl.load(SCB + N + n, there, 0) / 127)
         y = y * tl.sigmoid(y) * up
     if THEN == "add":
@@ -204,85 +199,66 @@ def one_row_kernel(
 
 
 @triton.jit
-def add_groups(first, second, w, x, scale, early):
-    """Adds w (N, GROUP) times two rows of digits for each of x (2 B, GROUP) to first or second
-    (N, B): a quarter is summed in first, or the next one in second."""
-    whole = tl.dot(w, tl.trans(x), out_dtype=tl.int32)
+def from_digits(whole, scale):
+    """What the products of both digits whole (N, 2 B) stand for (N, B)."""
     high, low = tl.split(tl.reshape(whole, (whole.shape[0], whole.shape[1] // 2, 2)))
-    whole = (high * 256 + low).to(tl.float32)
-    first = tl.fma(whole, tl.where(early, scale, 0)[None, :], first)
-    return first, tl.fma(whole, tl.where(early, 0, scale)[None, :], second)
+    return scaled(high, low, scale[None, :])
 
 
 @triton.jit
 def few_rows_kernel(
     digits, scales, CB, SCB, out, partial, arrivals, B, N,
-    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, AHEAD: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_N outputs of all rows from a quarter or half of the columns."""
-    tile, part = tl.program_id(0), tl.program_id(1)
+    """Each program sums a quarter of the columns for BLOCK_N outputs of all rows."""
+    tile, quarter = tl.program_id(0), tl.program_id(1)
     outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     batch, pairs = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B)
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
-    SHARE: tl.constexpr = QUARTER * 4 // SPLITS
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_B
     if PDL:
         gdc_launch_dependents()
-    weights = CB + tl.minimum(outputs, N - 1)[:, None].to(tl.int64) * D
-    up_weights = weights + N.to(tl.int64) * D
-    columns = (part * SHARE * GROUP + tl.arange(0, GROUP))[None, :]
-    ahead = ()
-    for i in tl.static_range(AHEAD):
-        inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
-        ahead += (tl.load(weights + columns + i * GROUP, inside, 0),)
-        if THEN == "swiglu":
-            ahead += (tl.load(up_weights + columns + i * GROUP, inside, 0),)
-    if PDL:
-        gdc_wait()
-    y, y2 = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-    up, up2 = tl.zeros_like(y), tl.zeros_like(y)
+    first = quarter * QUARTER
+    columns = (first * GROUP + tl.arange(0, GROUP))[None, :]
+    weights = CB + tl.minimum(outputs, N - 1)[:, None].to(tl.int64) * D + columns
     x = digits + pairs[:, None] * D + columns
     known = (pairs < 2 * B)[:, None]
-    x_scales = scales + batch * GROUPS + part * SHARE
-    groups = tl.where(batch < B, GROUPS - part * SHARE, 0)  # those of each row from here on
-    for i in tl.static_range(AHEAD):
-        inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
-        some = tl.load(x + i * GROUP, known & inside, 0)
-        scale = tl.load(x_scales + i, i < groups, 0)
+    whole = tl.zeros((BLOCK_N, 2 * BLOCK_B), tl.int32)
+    up_whole = tl.zeros_like(whole)
+    y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+    if PDL:
+        gdc_wait()
+    for i in range(0, QUARTER):
+        at = i * GROUP
+        inside = (columns + at < D) | (4 * QUARTER * GROUP == D)
+        some = tl.trans(tl.load(x + at, known & inside, 0))
+        whole = tl.dot(tl.load(weights + at, inside, 0), some, whole, out_dtype=tl.int32)
         if THEN == "swiglu":
-            y, y2 = add_groups(y, y2, ahead[2 * i], some, scale, i < QUARTER)
-            up, up2 = add_groups(up, up2, ahead[2 * i + 1], some, scale, i < QUARTER)
-        else:
-            y, y2 = add_groups(y, y2, ahead[i], some, scale, i < QUARTER)
-    for i in range(AHEAD, SHARE):
-        inside = (columns + i * GROUP < D) | (4 * QUARTER * GROUP == D)
-        some = tl.load(x + i * GROUP, known & inside, 0)
-        scale = tl.load(x_scales + i, i < groups, 0)
-        w = tl.load(weights + columns + i * GROUP, inside, 0)
-        y, y2 = add_groups(y, y2, w, some, scale, i < QUARTER)
-        if THEN == "swiglu":
-            w = tl.load(up_weights + columns + i * GROUP, inside, 0)
-            up, up2 = add_groups(up, up2, w, some, scale, i < QUARTER)
-    y += y2
-    up += up2
+            up_tile = tl.load(weights + N.to(tl.int64) * D + at, inside, 0)
+            up_whole = tl.dot(up_tile, some, up_whole, out_dtype=tl.int32)
+        if HEADS > 1:
+            head = tl.where(batch < B, first + i, HEADS)
+            y += from_digits(whole, tl.load(scales + batch * HEADS + head, head < HEADS, 0))
+            whole = tl.zeros_like(whole)
+    scale = tl.load(scales + batch * HEADS, batch < B, 0)
+    if HEADS == 1:
+        y = from_digits(whole, scale)
 
-    # Each program stores its partial sum; the last to arrive adds them in the order of the parts.
-    SIZE: tl.constexpr = BLOCK_N * BLOCK_B
-    spot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
-    mine = partial + (tile * SPLITS + part) * 2 * SIZE + spot
-    tl.store(mine, y)
+    # Four quarters, each of both halves of "swiglu"; the last program to arrive adds them.
+    parts = partial + tile * 8 * SIZE + tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
+    tl.store(parts + quarter * 2 * SIZE, y)
     if THEN == "swiglu":
-        tl.store(mine + SIZE, up)
+        tl.store(parts + quarter * 2 * SIZE + SIZE, from_digits(up_whole, scale))
     tl.debug_barrier()
-    if tl.atomic_add(arrivals + tile, 1) == SPLITS - 1:
+    if tl.atomic_add(arrivals + tile, 1) == 3:
         tl.store(arrivals + tile, 0)
         there = outputs < N
-        all = partial + tile * SPLITS * 2 * SIZE + spot
-        y = sum_of_parts(all, SIZE, SPLITS) * (tl.load(SCB + outputs, there, 0) / 127)[:, None]
+        y = sum_of_quarters(parts, SIZE) * (tl.load(SCB + outputs, there, 0) / 127)[:, None]
         if THEN == "swiglu":
             up_scale = tl.load(SCB + N + outputs, there, 0) / 127
-            up = sum_of_parts(all + SIZE, SIZE, SPLITS) * up_scale[:, None]
+            up = sum_of_quarters(parts + SIZE, SIZE) * up_scale[:, None]
             y = y * tl.sigmoid(y) * up
         there = there[:, None] & (batch < B)[None, :]
         target = out + batch[None, :] * N + outputs[:, None]
@@ -292,20 +268,18 @@ def few_rows_kernel(
 
 
 @triton.jit
-def sum_of_parts(first, SIZE: tl.constexpr, SPLITS: tl.constexpr):
-    y = tl.load(first, cache_modifier=".cg") + tl.load(first + 2 * SIZE, cache_modifier=".cg")
-    if SPLITS == 4:
-        third = tl.load(first + 4 * SIZE, cache_modifier=".cg")
-        y += third + tl.load(first + 6 * SIZE, cache_modifier=".cg")
-    return y
+def sum_of_quarters(first, SIZE: tl.constexpr):
+    a = tl.load(first, cache_modifier=".cg") + tl.load(first + 2 * SIZE, cache_modifier=".cg")
+    third = tl.load(first + 4 * SIZE, cache_modifier=".cg")
+    return a + (third + tl.load(first + 6 * SIZE, cache_modifier=".cg"))
 
 
 def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> None:
-    """x, which is split(), times int8 weights CB (N, D) with scales SCB (N,); beyond 32 rows the
-    weights are read again for each 32. `then` says what becomes of the product y (B, N): "store"
-    puts it into out, "add" adds it, "swiglu" puts silu(y's first half) * its second half into out
-    (B, N / 2) float32. `buffers` are linear_buffers(). A row's result is the same bit for bit
-    whatever the number of rows is."""
+    """x, from split() or attend(), times int8 weights CB (N, D) with scales SCB (N,); beyond 32 rows
+    the weights are read again for each 32. `then` says what becomes of the product y (B, N):
+    "store" puts it into out, "add" adds it, "swiglu" puts silu(y's first half) * its second half
+    into out (B, N / 2) float32. `buffers` are linear_buffers(). A row's result is the same bit for
+    bit whatever the number of rows is."""
     (digits, scales), (CB, SCB) = x, weights
     (B, _, D), N = digits.shape, out.shape[1]
     if B > MOST_ROWS:
@@ -313,18 +287,17 @@ def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> Non
         for some, into in zip(rows, out.split(MOST_ROWS)):
             linear(some, weights, into, then, buffers)
         return
-    group = triton.next_power_of_2(triton.cdiv(D, scales.shape[1]))
-    options = {**dependent(out), "num_warps": 4, "enable_fp_fusion": False}
+    heads = scales.shape[1]
+    group = GROUP if heads == 1 else D // heads
+    options = {**dependent(out), "enable_fp_fusion": False}
     if B == 1:
         words = digits.view(torch.int32), scales, CB.view(torch.int32), SCB
         one_row_kernel[(triton.cdiv(N, ROWS),)](
-            *words, out, N, D, group, ROWS, then, out.is_cuda, **options | {"num_warps": WARPS}
+            *words, out, N, D, group, heads, ROWS, then, out.is_cuda, **options, num_warps=WARPS
         )
         return
-    splits = MAX_PARTS if N < 8192 else 2
-    ahead = min(AHEAD, triton.cdiv(scales.shape[1], 4) * 4 // splits)
-    few_rows_kernel[(triton.cdiv(N, BLOCK_N), splits)](
-        digits, scales, CB, SCB, out, *buffers, B, N, D, group,
-        max(8, triton.next_power_of_2(B)), BLOCK_N, splits, ahead, then, **options,
+    few_rows_kernel[(triton.cdiv(N, BLOCK_N), 4)](
+        digits, scales, CB, SCB, out, *buffers, B, N, D, group, heads,
+        max(8, triton.next_power_of_2(B)), BLOCK_N, then, **options, num_warps=FEW_WARPS,
         num_stages=STAGES,
     )  # fmt: skip
