@@ -33,7 +33,7 @@ def attend_torch(qkv, caches, positions, rotation, buffers=None) -> Pair:
         keys, values = (cache[b : b + 1, : position + 1].float() for cache in caches)
         seen = torch.ones(1, 1, 1, position + 1, dtype=torch.bool, device=qkv.device)
         out[b] = model.attend(q[b : b + 1], keys, values, seen).flatten()
-    return split_torch(out, heads=q.shape[2])
+    return split_torch(out, group=K)
 
 
 @triton.jit

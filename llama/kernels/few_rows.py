@@ -1,9 +1,9 @@
 """int8 weights times the rows of a decode step, with the same bits whatever the number of rows.
 
-An activation is two int8 digits, 256 high + low, times a scale that its row shares, or its head of
-attention; it keeps 15 bits. Products of digits and codes add up to whole numbers, exact in any
-order and on any unit: dp4a for one row, tensor cores for several. The float32 sums have one order:
-the heads of a quarter of the columns, one after the other, then (q0 + q1) + (q2 + q3).
+An activation is two int8 digits, 256 high + low, times a scale that a group of columns shares; it
+keeps 15 bits. Products of digits and codes add up to whole numbers, exact in any order and on any
+unit: dp4a for one row, tensor cores for several. The float32 sums have one order: the groups of a
+quarter of the columns, one after the other, then (q0 + q1) + (q2 + q3).
 """
 
 import torch
@@ -16,7 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from llama.buffers import BLOCK_N, MOST_ROWS, Pair
 from llama.kernels.launch import dependent
 
-GROUP = 128  # columns multiplied at once, unless a head that has a scale is narrower
+TILE = 1024  # columns that a program of split() takes
+GROUP = 128  # columns that share a scale, or those of an attention head
 DIGITS = 32512  # the largest value of two digits: 256 x 127
 ROWS = 2  # outputs a program for one row
 WARPS = 4
@@ -38,7 +39,8 @@ def joined(x: Pair) -> Tensor:
     """The rows that split() split: (B, D) float32."""
     digits, scales = x
     whole = digits[:, 0].float() * 256 + digits[:, 1]
-    return whole * scales.repeat_interleave(whole.shape[1] // scales.shape[1], 1)
+    group = triton.next_power_of_2(triton.cdiv(whole.shape[1], scales.shape[1]))
+    return whole * scales.repeat_interleave(group, 1)[:, : whole.shape[1]]
 
 
 def normalized(x: Tensor, norm: Norm) -> Tensor:
@@ -46,19 +48,21 @@ def normalized(x: Tensor, norm: Norm) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], norm[0].float(), norm[1]) if norm else x
 
 
-def split_torch(x: Tensor, norm: Norm = None, heads: int = 1) -> Pair:
-    parts = normalized(x, norm).unflatten(1, (heads, -1))
-    scales = parts.abs().amax(-1) / DIGITS
-    whole = (parts / scales.clamp(min=1e-30)[..., None]).round().int().flatten(1)
+def split_torch(x: Tensor, norm: Norm = None, group: int = GROUP) -> Pair:
+    x = normalized(x, norm)
+    groups = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    scales = groups.abs().amax(-1) / DIGITS
+    whole = (groups / scales.clamp(min=1e-30)[..., None]).round().int().flatten(1)
     high = (whole + 128) >> 8
-    return torch.stack([high, whole - (high << 8)], 1).to(torch.int8), scales
+    digits = torch.stack([high, whole - (high << 8)], 1)[..., : x.shape[1]]
+    return digits.to(torch.int8), scales
 
 
 @triton.jit
-def digits_of(parts, DIGITS: tl.constexpr):
-    """The high and low digits of parts (P, D), and the scale (P,) of each."""
-    scale = tl.max(tl.abs(parts), 1) / DIGITS
-    ratio = parts / tl.maximum(scale, 1e-30)[:, None]
+def digits_of(groups, DIGITS: tl.constexpr):
+    """The high and low digits of groups (G, GROUP), and the scale (G,) of each."""
+    scale = tl.max(tl.abs(groups), 1) / DIGITS
+    ratio = groups / tl.maximum(scale, 1e-30)[:, None]
     whole = tl.where(ratio < 0, ratio - 0.5, ratio + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     return high.to(tl.int8), (whole - (high << 8)).to(tl.int8), scale
@@ -66,37 +70,48 @@ def digits_of(parts, DIGITS: tl.constexpr):
 
 @triton.jit
 def split_kernel(
-    x, gain, eps, digits, scales, D: tl.constexpr, WIDTH: tl.constexpr, DIGITS: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    x, gain, eps, digits, scales, D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    GROUP: tl.constexpr, DIGITS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program splits a row."""
-    b, d = tl.program_id(0), tl.arange(0, WIDTH)
+    """Each program splits a tile of a row; to normalize, it reads all of the row."""
+    b, tile = tl.program_id(0), tl.program_id(1)
+    G: tl.constexpr = TILE // GROUP
+    columns = tile * TILE + tl.arange(0, G)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x += b * D
     if PDL:
         gdc_launch_dependents()
     if NORM:
-        weight = tl.load(gain + d, mask=d < D, other=0).to(tl.float32)
+        weight = tl.load(gain + columns, mask=columns < D, other=0).to(tl.float32)
     if PDL:
         gdc_wait()
-    value = tl.load(x + b * D + d, mask=d < D, other=0)
+    value = tl.load(x + columns, mask=columns < D, other=0)
     if NORM:
-        value = value / tl.sqrt(tl.sum(value * value, 0) / D + eps) * weight
-    high, low, scale = digits_of(value[None, :], DIGITS)
-    digits += 2 * b * D + d[None, :]
-    tl.store(digits, high, mask=(d < D)[None, :])
-    tl.store(digits + D, low, mask=(d < D)[None, :])
-    tl.store(scales + b + tl.arange(0, 1), scale)
+        squares = tl.zeros((TILE,), tl.float32)
+        for i in tl.static_range(TILES):
+            d = i * TILE + tl.arange(0, TILE)
+            one = tl.load(x + d, mask=d < D, other=0)
+            squares += one * one
+        value = value / tl.sqrt(tl.sum(squares, 0) / D + eps) * weight
+    high, low, scale = digits_of(value, DIGITS)
+    digits += 2 * b * D + columns
+    tl.store(digits, high, mask=columns < D)
+    tl.store(digits + D, low, mask=columns < D)
+    GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
+    g = tile * G + tl.arange(0, G)
+    tl.store(scales + b * GROUPS + g, scale, mask=g < GROUPS)
 
 
 def split(x: Tensor, norm: Norm = None) -> Pair:
     """x (B, D) float32, first normalized if a norm is given, as two int8 digits and a float32 scale
-    a row: x = (256 * digits[:, 0] + digits[:, 1]) * scale, digits (B, 2, D), scales (B, 1). Its
-    error is at most 1 / 64,000 of the row's largest magnitude."""
+    for each GROUP columns: x = (256 * digits[:, 0] + digits[:, 1]) * scale, digits (B, 2, D),
+    scales (B, D / GROUP). Its error is at most 1 / 64,000 of the group's largest magnitude."""
     B, D = x.shape
     digits = torch.empty(B, 2, D, dtype=torch.int8, device=x.device)
-    scales = torch.empty(B, 1, device=x.device)
-    split_kernel[(B,)](
-        x, *(norm or (None, 0.0)), digits, scales, D, triton.next_power_of_2(D), DIGITS,
-        norm is not None, **dependent(x), num_warps=8 if D <= 8192 else 16,
+    scales = torch.empty(B, triton.cdiv(D, GROUP), device=x.device)
+    tiles = triton.cdiv(D, TILE)
+    split_kernel[(B, tiles)](
+        x, *(norm or (None, 0.0)), digits, scales, D, TILE, tiles, GROUP, DIGITS,
+        norm is not None, **dependent(x), num_warps=4,
     )  # fmt: skip
     return digits, scales
 
@@ -126,17 +141,17 @@ def requested(row, words, STEP: tl.constexpr, TILES: tl.constexpr, END: tl.const
 
 
 @triton.jit
-def add_products(high, low, w, x, END: tl.constexpr, inside, DP4A: tl.constexpr):
-    """high and low (R, 4, words) with the products of w and of both digits at x added."""
-    a = tl.broadcast_to(tl.load(x, inside, 0), w.shape)
-    b = tl.broadcast_to(tl.load(x + END, inside, 0), w.shape)
-    return dot4(w, a, high, DP4A), dot4(w, b, low, DP4A)
+def scaled(high, low, scale):
+    """What the whole numbers 256 high + low stand for, as a row."""
+    return (high * 256 + low).to(tl.float32) * scale[None, :]
 
 
 @triton.jit
-def scaled(high, low, scale):
-    """What whole numbers (256 high + low) * scale stand for."""
-    return (high.to(tl.float32) * 256 + low.to(tl.float32)) * scale
+def group_product(w, high, low, scale, DP4A: tl.constexpr):
+    """w (R, 4, words) times a group of each quarter: (R, 4)."""
+    high = dot4(w, tl.broadcast_to(high, w.shape), tl.zeros_like(w), DP4A)
+    low = dot4(w, tl.broadcast_to(low, w.shape), tl.zeros_like(w), DP4A)
+    return scaled(tl.sum(high, 2), tl.sum(low, 2), scale)
 
 
 @triton.jit
@@ -149,8 +164,8 @@ def quarters(y, R: tl.constexpr):
 
 @triton.jit
 def one_row_kernel(
-    digits, scales, CB, SCB, out, N, D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr, THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
+    digits, scales, CB, SCB, out, N, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program computes ROWS outputs; it requests their weights, all of them, before the wait.
     digits and CB are words of four."""
@@ -165,32 +180,25 @@ def one_row_kernel(
     words = (quarter[:, None] * (QUARTER * STEP) + words[None, :])[None]
     row = CB + (tl.minimum(n, N - 1).to(tl.int64) * END)[:, None, None]
     tiles = requested(row, words, STEP, QUARTER, END)
-    if THEN == "swiglu":
-        up_tiles = requested(row + N.to(tl.int64) * END, words, STEP, QUARTER, END)
-        up_high, up_low = tl.zeros_like(tiles[0]), tl.zeros_like(tiles[0])
-    high, low = tl.zeros_like(tiles[0]), tl.zeros_like(tiles[0])
     y = tl.zeros((ROWS, 4), tl.float32)
+    if THEN == "swiglu":
+        up_tiles = requested(row + tl.cast(N, tl.int64) * END, words, STEP, QUARTER, END)
+        up = tl.zeros((ROWS, 4), tl.float32)
     if PDL:
         gdc_wait()
     for i in tl.static_range(QUARTER):
         word = words + i * STEP
         inside = (word < END) | (4 * QUARTER * STEP == END)
-        high, low = add_products(high, low, tiles[i], digits + word, END, inside, DP4A)
+        high = tl.load(digits + word, inside, 0)
+        low = tl.load(digits + END + word, inside, 0)
+        g = quarter * QUARTER + i
+        scale = tl.load(scales + g, g < GROUPS, 0)
+        y += group_product(tiles[i], high, low, scale, DP4A)
         if THEN == "swiglu":
-            up_high, up_low = add_products(
-                up_high, up_low, up_tiles[i], digits + word, END, inside, DP4A
-            )
-        if HEADS > 1:
-            head = quarter * QUARTER + i
-            scale = tl.load(scales + head, head < HEADS, 0)[None, :]
-            y += scaled(tl.sum(high, 2), tl.sum(low, 2), scale)
-            high, low = tl.zeros_like(high), tl.zeros_like(low)
-    if HEADS == 1:
-        y = scaled(tl.sum(high, 2), tl.sum(low, 2), tl.load(scales))
+            up += group_product(up_tiles[i], high, low, scale, DP4A)
     there = n < N
     y = quarters(y, ROWS) * (tl.load(SCB + n, there, 0) / 127)
     if THEN == "swiglu":
-        up = scaled(tl.sum(up_high, 2), tl.sum(up_low, 2), tl.load(scales))
         up = quarters(up, ROWS) * (tl.load(SCB + N + n, there, 0) / 127)
         y = y * tl.sigmoid(y) * up
     if THEN == "add":
@@ -199,17 +207,18 @@ def one_row_kernel(
 
 
 @triton.jit
-def from_digits(whole, scale):
-    """What the products of both digits whole (N, 2 B) stand for (N, B)."""
+def group_products(w, x, scale):
+    """w (N, GROUP) times the two rows of digits that x (2 B, GROUP) has for each: (N, B)."""
+    whole = tl.dot(w, tl.trans(x), out_dtype=tl.int32)
     high, low = tl.split(tl.reshape(whole, (whole.shape[0], whole.shape[1] // 2, 2)))
-    return scaled(high, low, scale[None, :])
+    return scaled(high, low, scale)
 
 
 @triton.jit
 def few_rows_kernel(
     digits, scales, CB, SCB, out, partial, arrivals, B, N,
-    D: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    THEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program sums a quarter of the columns for BLOCK_N outputs of all rows."""
     tile, quarter = tl.program_id(0), tl.program_id(1)
@@ -225,32 +234,26 @@ def few_rows_kernel(
     weights = CB + tl.minimum(outputs, N - 1)[:, None].to(tl.int64) * D + columns
     x = digits + pairs[:, None] * D + columns
     known = (pairs < 2 * B)[:, None]
-    whole = tl.zeros((BLOCK_N, 2 * BLOCK_B), tl.int32)
-    up_whole = tl.zeros_like(whole)
     y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+    up = tl.zeros_like(y)
     if PDL:
         gdc_wait()
     for i in range(0, QUARTER):
         at = i * GROUP
         inside = (columns + at < D) | (4 * QUARTER * GROUP == D)
-        some = tl.trans(tl.load(x + at, known & inside, 0))
-        whole = tl.dot(tl.load(weights + at, inside, 0), some, whole, out_dtype=tl.int32)
+        some = tl.load(x + at, known & inside, 0)
+        g = tl.where(batch < B, first + i, GROUPS)
+        scale = tl.load(scales + batch * GROUPS + g, g < GROUPS, 0)
+        y += group_products(tl.load(weights + at, inside, 0), some, scale)
         if THEN == "swiglu":
-            up_tile = tl.load(weights + N.to(tl.int64) * D + at, inside, 0)
-            up_whole = tl.dot(up_tile, some, up_whole, out_dtype=tl.int32)
-        if HEADS > 1:
-            head = tl.where(batch < B, first + i, HEADS)
-            y += from_digits(whole, tl.load(scales + batch * HEADS + head, head < HEADS, 0))
-            whole = tl.zeros_like(whole)
-    scale = tl.load(scales + batch * HEADS, batch < B, 0)
-    if HEADS == 1:
-        y = from_digits(whole, scale)
+            up_tile = tl.load(weights + tl.cast(N, tl.int64) * D + at, inside, 0)
+            up += group_products(up_tile, some, scale)
 
     # Four quarters, each of both halves of "swiglu"; the last program to arrive adds them.
     parts = partial + tile * 8 * SIZE + tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
     tl.store(parts + quarter * 2 * SIZE, y)
     if THEN == "swiglu":
-        tl.store(parts + quarter * 2 * SIZE + SIZE, from_digits(up_whole, scale))
+        tl.store(parts + quarter * 2 * SIZE + SIZE, up)
     tl.debug_barrier()
     if tl.atomic_add(arrivals + tile, 1) == 3:
         tl.store(arrivals + tile, 0)
@@ -275,11 +278,11 @@ def sum_of_quarters(first, SIZE: tl.constexpr):
 
 
 def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> None:
-    """x, from split() or attend(), times int8 weights CB (N, D) with scales SCB (N,); beyond 32 rows
-    the weights are read again for each 32. `then` says what becomes of the product y (B, N):
-    "store" puts it into out, "add" adds it, "swiglu" puts silu(y's first half) * its second half
-    into out (B, N / 2) float32. `buffers` are linear_buffers(). A row's result is the same bit for
-    bit whatever the number of rows is."""
+    """Multiplies x, from split() or attend(), by int8 weights CB (N, D) with scales SCB (N,); more
+    than 32 rows read the weights again for each 32. `then` says what becomes of the product y:
+    "store" puts it into out (B, N), "add" adds it, "swiglu" puts silu(y's first half) * its second
+    half into out (B, N / 2) float32. `buffers` are linear_buffers(). A row's result is the same bit
+    for bit whatever the number of rows is."""
     (digits, scales), (CB, SCB) = x, weights
     (B, _, D), N = digits.shape, out.shape[1]
     if B > MOST_ROWS:
@@ -287,17 +290,16 @@ def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> Non
         for some, into in zip(rows, out.split(MOST_ROWS)):
             linear(some, weights, into, then, buffers)
         return
-    heads = scales.shape[1]
-    group = GROUP if heads == 1 else D // heads
+    group = triton.next_power_of_2(triton.cdiv(D, scales.shape[1]))
     options = {**dependent(out), "enable_fp_fusion": False}
     if B == 1:
         words = digits.view(torch.int32), scales, CB.view(torch.int32), SCB
         one_row_kernel[(triton.cdiv(N, ROWS),)](
-            *words, out, N, D, group, heads, ROWS, then, out.is_cuda, **options, num_warps=WARPS
+            *words, out, N, D, group, ROWS, then, out.is_cuda, **options, num_warps=WARPS
         )
         return
     few_rows_kernel[(triton.cdiv(N, BLOCK_N), 4)](
-        digits, scales, CB, SCB, out, *buffers, B, N, D, group, heads,
+        digits, scales, CB, SCB, out, *buffers, B, N, D, group,
         max(8, triton.next_power_of_2(B)), BLOCK_N, then, **options, num_warps=FEW_WARPS,
         num_stages=STAGES,
     )  # fmt: skip
