@@ -131,6 +131,30 @@ def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(monkeypatch):
     assert not (cut.prefill(long[:3], [(1, 0, 3)]) == features[:3]).all(1).any()
 
 
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_a_prompt_of_any_length_has_the_same_bits_packed_and_cut():
+    """At the demo's width, where tiles of every size are used."""
+    model = LLaMA.build(device="cuda").model
+    lengths = [300, 1, 64, 70, 8, 129]
+    prompts = [torch.randint(3, 500, (n,), device="cuda") for n in lengths]
+    engines = [fused.FusedEngine(model, cache_of(model, 6, length=300)) for _ in range(3)]
+    together, alone, cut = engines
+    packed = [(slot, 0, n) for slot, n in enumerate(lengths)]
+    features = together.prefill(torch.cat(prompts), packed)
+    apart = [alone.prefill(tokens, [span]) for tokens, span in zip(prompts, packed)]
+    assert torch.equal(torch.cat(apart), features)
+    parts = []
+    for slot, (tokens, n) in enumerate(zip(prompts, lengths)):
+        for start in range(0, n, 37 + slot):
+            some = tokens[start : start + 37 + slot]
+            parts.append(cut.prefill(some, [(slot, start, len(some))]))
+    assert torch.equal(torch.cat(parts), features)
+    for engine in (alone, cut):
+        assert torch.equal(engine.cache.k, together.cache.k)
+        assert torch.equal(engine.cache.v, together.cache.v)
+
+
 def test_joined_layers_are_views_of_one_matrix():
     params = tiny_params(**SMALL)
     model = int8_model(params, random_weights(params, vocab_size=50))

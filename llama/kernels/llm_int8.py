@@ -56,11 +56,6 @@ def vectorwise_quant_torch(x, buffers, before="nothing", norm=None):
 
 
 @triton.jit
-def is_large(value, THRESHOLD: tl.constexpr):
-    return (tl.abs(value) < THRESHOLD) == 0  # NaN is
-
-
-@triton.jit
 def vectorwise_quant_kernel(
     x, weight, eps, A, CA, step, unit, flags, columns, counts,
     D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BEFORE: tl.constexpr,
@@ -100,8 +95,8 @@ def vectorwise_quant_kernel(
             tl.store(A + d, half, mask=d < D)
         value = tl.abs(half.to(tl.float32))
         value = tl.where(value == value, value, float("inf"))  # NaN makes the row infinite, too
-        kept = tl.where(is_large(value, THRESHOLD), value, 0)
-        most_small = tl.maximum(most_small, tl.where(kept > 0, 0, value))
+        kept = tl.where(value < THRESHOLD, 0, value)
+        most_small = tl.maximum(most_small, tl.where(value < THRESHOLD, value, 0))
         most_kept = tl.maximum(most_kept, kept)
         sum_kept += kept
         halves += (half,)
@@ -114,8 +109,8 @@ def vectorwise_quant_kernel(
     for i in tl.static_range(TILES):
         d = i * TILE + tl.arange(0, TILE)
         value = halves[i].to(tl.float32)
-        value = tl.where(is_large(value, THRESHOLD), 0, value)
-        whole = tl.fma(value, inverse + tl.zeros_like(value), ROUND) - ROUND
+        value = tl.where(tl.abs(value) < THRESHOLD, value, 0)
+        whole = tl.fma(value, inverse, ROUND) - ROUND
         tl.store(CA + d, whole.to(tl.int8), mask=d < D)
 
     if kept > 0:  # list the columns that no other row of the block has listed
@@ -123,11 +118,10 @@ def vectorwise_quant_kernel(
         flags += block * D
         for i in tl.static_range(TILES):
             d = i * TILE + tl.arange(0, TILE)
-            new = (d < D) & is_large(halves[i].to(tl.float32), THRESHOLD)
+            new = (d < D) & ((tl.abs(halves[i].to(tl.float32)) < THRESHOLD) == 0)
             new &= tl.load(flags + d, mask=new, other=1, cache_modifier=".cg") == 0
             new &= tl.atomic_xchg(flags + d, 1, mask=new, sem="relaxed") == 0
-            counter = counts + 2 * block + tl.zeros_like(d)
-            place = tl.atomic_add(counter, 1, mask=new, sem="relaxed")
+            place = tl.atomic_add(counts + 2 * block + d * 0, 1, mask=new, sem="relaxed")
             tl.store(columns + block * D + place, d, mask=new)
 
 
@@ -170,8 +164,8 @@ def mixed_scaled_mm_kernel(
     BLOCK_KEPT: tl.constexpr, NEIGHBOURS: tl.constexpr, THEN: tl.constexpr,
     THRESHOLD: tl.constexpr, ROUND: tl.constexpr, LIST_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Float32 operations come in one order and are fused where it says so, for the same bits at any
-    BLOCK_M and BLOCK_N. The last program of each block of rows empties its list for the next."""
+    """Each program computes a tile; the last of a block of rows empties its list for the next.
+    Float32 operations are fused where it says so alone: for the same bits in tiles of any size."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
@@ -194,7 +188,7 @@ def mixed_scaled_mm_kernel(
     n_kept = tl.load(counts + 2 * block)
     if n_kept > 0:
         units = tl.load(unit + m0 + m, mask=m < M - m0, other=0)
-        inverse = tl.broadcast_to((1 / tl.maximum(units, 1e-30))[:, None], (BLOCK_M, BLOCK_KEPT))
+        inverse = (1 / tl.maximum(units, 1e-30))[:, None]
         padded = tl.cdiv(n_kept, BLOCK_KEPT) * BLOCK_KEPT
         start = 0
         while start < 2 * padded:
@@ -202,7 +196,7 @@ def mixed_scaled_mm_kernel(
             column = tl.load(columns + block * D + j, mask=j < n_kept, other=0)
             there = row & (j < n_kept)[None, :]
             value = tl.load(A + m[:, None] * D + column[None, :], there, other=0).to(tl.float32)
-            value = tl.where(is_large(value, THRESHOLD), value, 0)
+            value = tl.where(tl.abs(value) < THRESHOLD, 0, value)
             digits = (tl.fma(value, inverse, ROUND) - ROUND).to(tl.int32)
             high = (digits + 128) >> 8
             digits = tl.where(start < padded, high, digits - (high << 8)).to(tl.int8)
@@ -210,7 +204,7 @@ def mixed_scaled_mm_kernel(
             whole *= tl.where(start == padded, 256, 1)
             whole = tl.dot(digits, b, whole, out_dtype=tl.int32)
             start += BLOCK_KEPT
-        ratio = tl.broadcast_to((units / tl.maximum(steps, 1e-30))[:, None], whole.shape)
+        ratio = (units / tl.maximum(steps, 1e-30))[:, None]
         whole = tl.floor(tl.fma(whole.to(tl.float32), ratio, 0.5)).to(tl.int32)
 
     k = tl.arange(0, BLOCK_K)
@@ -242,16 +236,22 @@ def mixed_scaled_mm_kernel(
                 start += BLOCK_K
 
 
+def tile_of(M: int) -> tuple[int, int, int]:
+    """Rows and outputs of a program for M rows, and its stages. The bits don't depend on them."""
+    rows, outputs = 64 if M <= 64 else BLOCK_M, 64 if M <= FEW else BLOCK_N
+    return rows, outputs, SHARED // ((rows + outputs) * BLOCK_K)
+
+
 def mixed_scaled_mm(
     CA: Tensor, step: Tensor, kept: Buffers, weights: Pair, out: Tensor, then: str
 ) -> None:
     """Rows as vectorwise_quant() returned them, once, times int8 weights CB (N, D) and scales SCB
     (N,): "store" puts the product (M, N) into out, "add" adds it to out."""
     (M, D), N = CA.shape, out.shape[1]
-    block_m, block_n = 64 if M <= 64 else BLOCK_M, 64 if M <= FEW else BLOCK_N
+    block_m, block_n, stages = tile_of(M)
     launch(
         mixed_scaled_mm_kernel, (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),), CA, step,
         *kept, *weights, out, M, N, D, block_m, block_n, BLOCK_K, BLOCK_KEPT, NEIGHBOURS, then,
-        OUTLIER_THRESHOLD, ROUND, LIST_ROWS, num_warps=WARPS,
-        num_stages=SHARED // ((block_m + block_n) * BLOCK_K),
+        OUTLIER_THRESHOLD, ROUND, LIST_ROWS, num_warps=WARPS, num_stages=stages,
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -56,8 +56,8 @@ def attend_to(
     best, total, value, q, k_head, v_head, positions, start, end, last, scale,
     STRIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with a softmax over the keys from start to end, all of them seen if WHOLE. What is
-    fused is written so, for the same bits in both cases; what a row does not see adds zeros."""
+    """Goes on with a softmax over the keys from start to end, all of them seen if WHOLE. A block
+    that a row does not see adds zeros to it."""
     d = tl.arange(0, K)[None, :]
     for first in tl.range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
@@ -72,8 +72,7 @@ def attend_to(
             seen = token[None, :] <= positions[:, None]
             scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(best, tl.max(scores, 1) * scale)
-        by = tl.full(scores.shape, 1.0, tl.float32) * scale
-        weight = tl.exp2(tl.fma(scores, by, tl.broadcast_to(-new[:, None], scores.shape)))
+        weight = tl.exp2(tl.fma(scores, scale, -new[:, None]))
         shrink = tl.exp2(best - new)
         total = tl.fma(total, shrink, tl.sum(weight, 1))
         value = tl.dot(weight.to(tl.float16), v, value * shrink[:, None])
@@ -89,12 +88,8 @@ def attend_kernel(
     """Each program attends for one head of a tile of rows."""
     h = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
-    slot, first, position, count = (
-        tl.load(tile),
-        tl.load(tile + 1),
-        tl.load(tile + 2),
-        tl.load(tile + 3),
-    )
+    slot, first = tl.load(tile), tl.load(tile + 1)
+    position, count = tl.load(tile + 2), tl.load(tile + 3)
     r, d = tl.arange(0, ROWS), tl.arange(0, K)[None, :]
     there = (r < count)[:, None]
     rows = (first + r).to(tl.int64)[:, None]
@@ -124,5 +119,5 @@ def attend(qkv: Tensor, caches: Pair, tiles: tuple[Tensor, int], out: Tensor) ->
     (where, rows), (_, S, Hkv, K), H = tiles, caches[0].shape, out.shape[1] // caches[0].shape[3]
     launch(
         attend_kernel, (H, len(where)), qkv, *caches, where, out, S, K**-0.5 * LOG2_E, H, Hkv, K,
-        rows, BLOCK, num_warps=rows // 16, num_stages=STAGES,
+        rows, BLOCK, num_warps=rows // 16, num_stages=STAGES, enable_fp_fusion=False,
     )  # fmt: skip
