@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.int8 import Int8Linear
-from llama.model import KVCache, Transformer
+from llama.model import KVCache, Span, Transformer
 
 ENGINES = ("triton", "bnb")
 
@@ -32,10 +32,9 @@ class TorchEngine:
         # bitsandbytes asks the host whether there are outliers, which a CUDA graph cannot hold.
         self.capturable = cache.k.is_cuda and not isinstance(model.output, Int8Linear)
 
-    def prefill(self, tokens: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
-        """What the head reads (T, D), of tokens (T,) of several sequences side by side, given as
-        spans (slot, position of the first, how many); those before it are in the slot's cache.
-        Fills the caches."""
+    def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
+        """What the head reads (T, D), of tokens (T,) that are the spans of several sequences, side
+        by side. What comes before a span is in the cache; its own keys and values are added."""
         features = []
         parts = tokens.split([count for *_, count in spans])
         for part, (slot, start, count) in zip(parts, spans):

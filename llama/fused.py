@@ -17,9 +17,9 @@ from llama.kernels.attention import attend as attend_one
 from llama.kernels.few_rows import linear, split
 from llama.kernels.launch import repeating
 from llama.kernels.llm_int8 import mixed_scaled_mm, vectorwise_quant
-from llama.kernels.prefill_attention import Span, attend, tiles_of
+from llama.kernels.prefill_attention import attend, tiles_of
 from llama.kernels.rotary import places_of, rotate
-from llama.model import KVCache, RMSNorm, Transformer
+from llama.model import KVCache, RMSNorm, Span, Transformer
 
 
 class FusedEngine:
@@ -34,9 +34,9 @@ class FusedEngine:
         self.buffers = DecodeBuffers(model.args, cache.k.shape[1], cache.k.device)
 
     def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
-        """Runs tokens (T,) of several sequences side by side, given as spans (slot, position of the
-        first, how many); those before it are in the slot's cache. Fills the caches. Returns the
-        residual stream (T, D) float32 after all layers, which the head reads."""
+        """The residual stream (T, D) float32 after all layers, which the head reads, of tokens (T,)
+        that are the spans of several sequences, side by side. What comes before a span is in the
+        cache; its own keys and values are added."""
         args, rotation, device = self.model.args, self.model.rotation, tokens.device
         tiles = tiles_of(spans, device)
         places = places_of(spans, self.cache.k.shape[2], device)

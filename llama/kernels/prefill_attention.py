@@ -16,8 +16,7 @@ from torch import Tensor
 from llama import model
 from llama.buffers import Pair
 from llama.kernels.launch import launch
-
-Span = tuple[int, int, int]  # slot of a sequence, position of its first new token, how many
+from llama.model import Span
 
 ROWS = 128  # query rows a program; half as many if no sequence has more than that
 BLOCK = 64  # keys at a time

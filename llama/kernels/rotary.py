@@ -8,13 +8,14 @@ from torch import Tensor
 from llama import model
 from llama.buffers import Pair
 from llama.kernels.launch import launch
+from llama.model import Span
 
 BLOCK_T = 16  # tokens a program
 
 
-def places_of(spans: list[tuple[int, int, int]], S: int, device: torch.device) -> Tensor:
-    """Where the tokens of spans (slot, first position, number) lie in a cache of S tokens a slot,
-    (T,) int32: slot * S + position. The host does not wait for the device."""
+def places_of(spans: list[Span], S: int, device: torch.device) -> Tensor:
+    """Where the tokens of spans lie in a cache of S tokens a slot, (T,) int32: slot * S + position.
+    The host does not wait for the device."""
     starts = [(slot * S + start, count) for slot, start, count in spans]
     places = [torch.arange(at, at + n, dtype=torch.int32, device="cpu") for at, n in starts]
     return torch.cat(places).to(device, non_blocking=True)
