@@ -9,6 +9,7 @@ from test_generation import decoder_of, encoded
 from test_model import float_model
 
 from llama import LLaMA, Transformer
+from llama.decode import TorchEngine
 from llama.int8 import allocate, join, quantize
 from llama.model import KVCache
 from llama.settings import Settings
@@ -129,6 +130,20 @@ def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(monkeypatch):
     assert torch.equal(torch.cat(order), features) and equal(cut)
     long[0] = 3 + (long[0] - 2) % 47
     assert not (cut.prefill(long[:3], [(1, 0, 3)]) == features[:3]).all(1).any()
+
+
+@torch.inference_mode()
+def test_the_plain_engine_takes_several_prompts():
+    params = tiny_params(**SMALL)
+    model = float_model(params, random_weights(params, vocab_size=50))
+    tokens = torch.randint(3, 50, (8,))
+    spans = [(1, 0, 4), (0, 0, 1), (1, 4, 3)]
+    cache = KVCache(model.args, 2, 8, torch.float32, torch.device("cpu"))
+    features = TorchEngine(model, cache).prefill(tokens, spans)
+    whole = model.features(torch.cat([tokens[:4], tokens[5:]])[None])[0]
+    assert torch.allclose(features[[0, 1, 2, 3, 5, 6, 7]], whole, atol=1e-5)
+    assert torch.allclose(features[4:5], model.features(tokens[None, 4:5])[0], atol=1e-5)
+    assert not torch.allclose(features[5:], model.features(tokens[None, 5:])[0], atol=1e-1)
 
 
 @pytest.mark.cuda
