@@ -12,7 +12,7 @@ Pair = tuple[Tensor, Tensor]
 MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 BLOCK_N = 64  # outputs a program of it, when there are several rows
 MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
-BLOCK_KEPT = 16  # columns kept in fp16 that are added at once, the least of a tensor core
+LIST_ROWS = 128  # of a prompt that share a list of columns in `llm_int8`
 
 
 class PrefillBuffers:
@@ -41,12 +41,15 @@ class DecodeBuffers:
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For `llm_int8.vectorwise_quant` of M rows: A, CA, SCA, the first token of each column that
-    reached the threshold, and what was kept: columns, how many, values."""
-    half, whole, width = torch.float16, torch.int32, -(-D // BLOCK_KEPT) * BLOCK_KEPT
-    shapes = (M, D), (M, D), (M,), (D,), (D,), (), (M, width)
-    dtypes = half, torch.int8, torch.float32, whole, whole, whole, half
-    return tuple(torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes))
+    """For `llm_int8.vectorwise_quant` of M rows: A, CA, step and unit of each row, and for each
+    LIST_ROWS rows a flag a column, the columns listed, and how many are, with how many programs
+    are done with them."""
+    blocks = -(-M // LIST_ROWS)
+    A = torch.empty(M, D, dtype=torch.float16, device=device)
+    CA = torch.empty(M, D, dtype=torch.int8, device=device)
+    step, unit = (torch.empty(M, dtype=torch.float32, device=device) for _ in range(2))
+    lists = (blocks, D), (blocks, D), (blocks, 2)
+    return A, CA, step, unit, *(torch.zeros(s, dtype=torch.int32, device=device) for s in lists)
 
 
 def linear_buffers(N: int, device: torch.device) -> Pair:

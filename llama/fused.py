@@ -3,7 +3,7 @@
 It computes what `Transformer` does in a few launches a layer instead of some thirty, with a float32
 residual stream. A prompt is LLM.int8(). A decode step, which is bound by reading the weights,
 rounds activations less, to two int8 digits. Each row's result is the same bit for bit whatever runs
-beside it. Nothing waits for the host: a CUDA graph can hold a step.
+beside it, and wherever a prompt is cut. Nothing waits for the host: a CUDA graph can hold a step.
 """
 
 from contextlib import closing
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from llama.buffers import DecodeBuffers, Pair, PrefillBuffers
-from llama.int8 import OUTLIER_THRESHOLD, join
+from llama.int8 import join
 from llama.kernels.attention import attend as attend_one
 from llama.kernels.few_rows import linear, split
 from llama.kernels.launch import repeating
 from llama.kernels.llm_int8 import mixed_scaled_mm, vectorwise_quant
-from llama.kernels.rotary import rotate
-from llama.model import KVCache, RMSNorm, Transformer, attend
+from llama.kernels.prefill_attention import attend, tiles_of
+from llama.kernels.rotary import places_of, rotate
+from llama.model import KVCache, RMSNorm, Span, Transformer
 
 
 class FusedEngine:
@@ -32,37 +33,28 @@ class FusedEngine:
         self.output = join([model.output])
         self.buffers = DecodeBuffers(model.args, cache.k.shape[1], cache.k.device)
 
-    def prefill(self, slot: int, tokens: Tensor, start: int = 0) -> Tensor:
-        """Runs tokens (T,) of a sequence from position `start` on, those before it being in the
-        cache, and fills the cache. Returns the residual stream (T, D) float32 after all layers,
-        which the head reads."""
-        args, rotation = self.model.args, self.model.rotation[start:]
-        end, mask = start + len(tokens), None
-        if start:  # (1, 1, T, S): each token sees the cache up to itself
-            seen = torch.arange(end, device=tokens.device)
-            mask = (seen <= seen[start:, None])[None, None]
-        buffers = PrefillBuffers(args, len(tokens), tokens.device)
-        residual, qkv, w13 = buffers.residual, buffers.qkv, buffers.w13
+    def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
+        """The residual stream (T, D) float32 after all layers, which the head reads, of tokens (T,)
+        that are the spans of several sequences, side by side. What comes before a span is in the
+        cache; its own keys and values are added."""
+        args, rotation, device = self.model.args, self.model.rotation, tokens.device
+        tiles = tiles_of(spans, device)
+        places = places_of(spans, self.cache.k.shape[2], device)
+        buffers = PrefillBuffers(args, len(tokens), device)
+        residual, qkv, w13, heads = buffers.residual, buffers.qkv, buffers.w13, buffers.dim[0]
         residual.copy_(self.model.tok_embeddings.weight[tokens])
-        heads = args.n_heads, args.kv_heads, args.kv_heads
-        q, k, v = qkv.view(1, len(tokens), -1, args.head_dim).split(heads, 2)
 
         def multiply(x, weights, out, then, codes, before="nothing", norm=None):
-            rounded = vectorwise_quant(x, OUTLIER_THRESHOLD, codes, before, norm)
-            mixed_scaled_mm(*rounded, weights, out, then)
+            mixed_scaled_mm(*vectorwise_quant(x, codes, before, norm), weights, out, then)
 
-        caches = self.cache.k[:, slot, :end], self.cache.v[:, slot, :end]
-        new = (cache[:, start:] for cache in caches)
-        layers = zip(self.model.layers, self.layers, *caches, *new)
+        layers = zip(self.model.layers, self.layers, self.cache.k, self.cache.v)
         with closing(repeating(layers)) as alike:
-            for layer, (wqkv, wo, w1w3, w2), keys, values, *written in alike:
+            for layer, (wqkv, wo, w1w3, w2), *caches in alike:
                 norm = layer.attention_norm.weight, args.norm_eps
                 multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", norm)
-                rotate(qkv, *written, rotation)
-                if start:
-                    k, v = keys[None], values[None]
-                out = attend(q, k, v, mask).reshape(len(tokens), args.dim)
-                multiply(out, wo, residual, "add", buffers.dim)
+                rotate(qkv, caches, places, rotation)
+                attend(qkv, caches, tiles, heads)
+                multiply(heads, wo, residual, "add", buffers.dim)
                 norm = layer.ffn_norm.weight, args.norm_eps
                 multiply(residual, w1w3, w13, "store", buffers.dim, "rms_norm", norm)
                 multiply(w13, w2, residual, "add", buffers.hidden, "swiglu")

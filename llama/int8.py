@@ -30,7 +30,7 @@ with patch("torch.compile", _compile_when_called), patch.object(warns, "disabled
     import bitsandbytes as bnb
 
 SMALLEST = 2**-24  # above 0 in fp16
-OUTLIER_THRESHOLD = 6.0  # features with a value from here on stay in fp16 (section 3.2)
+OUTLIER_THRESHOLD = 6.0  # activations from here on are kept in more bits (section 3.2)
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):

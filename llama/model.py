@@ -22,6 +22,7 @@ from llama.int8 import Int8Linear
 SHORT_CONTEXT = 8192  # tokens, which Llama 3 was trained with before its context was extended
 
 LayerCache = tuple[Tensor, Tensor] | None  # keys and values of one layer, each (B, S, Hkv, K)
+Span = tuple[int, int, int]  # new tokens of a sequence: its slot, their first position, how many
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama.kernels import attention, few_rows, llm_int8, rotary, sampling
+from llama.kernels import attention, few_rows, llm_int8, prefill_attention, rotary, sampling
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block: CUDA programming guide
 
@@ -28,9 +28,12 @@ FEW = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, partia
 FEW |= types("arrivals: *i32, B: i32, N: i32")
 ATTEND = types("qkv: *fp32, k_cache: *fp16, v_cache: *fp16, positions: *i64, rotation: *fp32")
 ATTEND |= types("partial: *fp32, arrivals: *i32, out: *fp16, S: i32, scale: fp32")
-ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, rotation: *fp32, T: i32")
-QUANT = types("x: *fp16, weight: *fp16, A: *fp16, CA: *i8, SCA: *fp32, first: *i32, columns: *i32")
-QUANT |= types("count: *i32, threshold: fp32, eps: fp32, rest: *fp16, M: i32")
+ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, places: *i32, rotation: *fp32, T: i32")
+ROTATE |= types("S: i32")
+PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
+PREFILL |= types("scale: fp32")
+QUANT = types("x: *fp16, weight: *fp16, eps: fp32, A: *fp16, CA: *i8, step: *fp32, unit: *fp32")
+QUANT |= types("flags: *i32, columns: *i32, counts: *i32, M: i32")
 PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
 SAMPLING = types("logits: *fp32, extremes: *fp32, uniform: *fp32, parent: *i64, total: *i64")
 SAMPLING |= types("level: *i64, gathered: *i64, tokens: *i64, stride: i32, V: i32, warmth: fp32")
@@ -59,19 +62,30 @@ def cases():
 
     constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
     yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}
-    for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
-        constants = {"D": 5120, "TILE": 1024, "TILES": 5, "BEFORE": before}
-        yield llm_int8.vectorwise_quant_kernel, QUANT | {"x": x}, constants, {"num_warps": 8}
-    constants |= {"D": 13824, "TILE": 2048, "TILES": 7, "BEFORE": "swiglu"}
-    yield llm_int8.vectorwise_quant_kernel, QUANT, constants, {"num_warps": 16}
-    constants = {name: getattr(llm_int8, name) for name in ("CHUNK", "NEVER", "BLOCK_KEPT")}
-    constants |= {"D": 5120, "WIDTH": 5120, "BLOCK_M": llm_int8.KEPT_ROWS}
-    yield llm_int8.kept_kernel, QUANT, constants, {"num_warps": 8}
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_KEPT", "NEIGHBOURS")
+    for rows, K in ((prefill_attention.ROWS, 128), (prefill_attention.ROWS // 2, 64)):
+        constants = {"H": 64, "HKV": 8, "K": K, "ROWS": rows, "BLOCK": prefill_attention.BLOCK}
+        options = {"num_warps": rows // 16, "num_stages": prefill_attention.STAGES}
+        yield prefill_attention.attend_kernel, PREFILL, constants, options
+    names = ("MOST_UNITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "DIGITS")
     constants = {name: getattr(llm_int8, name) for name in names}
-    constants |= {"D": 5120, "WIDTH": 5120, "THEN": "add"}
-    options = {"num_warps": llm_int8.WARPS, "num_stages": llm_int8.STAGES}
-    yield llm_int8.mixed_scaled_mm_kernel, PRODUCT, constants, options
+    constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD}
+    for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
+        sizes = {"D": 5120, "TILE": 1024, "TILES": 5, "BEFORE": before}
+        yield (
+            llm_int8.vectorwise_quant_kernel,
+            QUANT | {"x": x},
+            constants | sizes,
+            {"num_warps": 8},
+        )
+    sizes = {"D": 13824, "TILE": 2048, "TILES": 7, "BEFORE": "swiglu"}
+    yield llm_int8.vectorwise_quant_kernel, QUANT, constants | sizes, {"num_warps": 16}
+    constants |= {name: getattr(llm_int8, name) for name in ("BLOCK_K", "BLOCK_KEPT", "NEIGHBOURS")}
+    for M, then in ((1, "add"), (128, "store"), (1900, "add")):
+        block_m, block_n, stages = llm_int8.tile_of(M)
+        sizes = {"D": 5120, "BLOCK_M": block_m, "BLOCK_N": block_n, "THEN": then}
+        options = {"num_warps": llm_int8.WARPS, "num_stages": stages}
+        given = PRODUCT | {"out": "*fp16" if then == "store" else "*fp32"}
+        yield llm_int8.mixed_scaled_mm_kernel, given, constants | sizes, options
 
     constants = {"P": 16, "BLOCK": sampling.BLOCK}
     yield sampling.extremes_kernel, SAMPLING, constants, {"num_warps": 8}
@@ -88,6 +102,7 @@ def shared_memory(case: int, capability: int) -> tuple[str, float]:
     kernel, given, constants, options = list(cases())[case]
     if "PDL" in kernel.arg_names:
         constants = constants | {"PDL": capability >= 90}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
     # As at a launch, where pointers and sizes are multiples of 16: else nothing is loaded ahead,
     # and little shared memory taken.

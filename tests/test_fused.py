@@ -9,11 +9,13 @@ from test_generation import decoder_of, encoded
 from test_model import float_model
 
 from llama import LLaMA, Transformer
+from llama.decode import TorchEngine
 from llama.int8 import allocate, join, quantize
 from llama.model import KVCache
 from llama.settings import Settings
 
 fused = pytest.importorskip("llama.fused", reason="needs triton")
+prefill_attention = sys.modules["llama.kernels.prefill_attention"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"dim": 32, "n_heads": 2, "multiple_of": 16}  # the interpreter runs each program in Python
 
@@ -31,12 +33,12 @@ def int8_model(params, weights) -> Transformer:
     return model.to(DEVICE)
 
 
-def cache_of(model, batch, dtype=torch.half):
-    return KVCache(model.args, batch, 20, dtype, DEVICE)
+def cache_of(model, batch, dtype=torch.half, length=20):
+    return KVCache(model.args, batch, length, dtype, DEVICE)
 
 
 def logits_after(engine, slot, tokens):
-    return engine.head(engine.prefill(slot, tokens)[-1:])
+    return engine.head(engine.prefill(tokens, [(slot, 0, len(tokens))])[-1:])
 
 
 @pytest.mark.parametrize("B, n_kv_heads", [(1, None), (3, 1)])
@@ -86,7 +88,7 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatc
         tokens = torch.randint(3, 50, (9 + row,), device=DEVICE)
         logits = logits_after(engine, row, tokens)
         with monkeypatch.context() as patch:
-            for name in ("vectorwise_quant", "mixed_scaled_mm", "rotate", "linear"):
+            for name in ("vectorwise_quant", "mixed_scaled_mm", "rotate", "attend", "linear"):
                 module = sys.modules[getattr(fused, name).__module__]
                 patch.setattr(fused, name, getattr(module, f"{name}_torch"))
             expected = logits_after(twins, row, tokens)
@@ -95,6 +97,77 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatc
         assert (logits_after(twins, row, tokens[:-1]) - expected).std() > 0.2 * expected.std()
     for mine, other in zip((kernels_cache.k, kernels_cache.v), (twins_cache.k, twins_cache.v)):
         assert (mine - other)[:, :, :8].float().std() < 1e-2 * other.float().std()
+
+
+@torch.inference_mode()
+def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(monkeypatch):
+    """Features and caches; with features that are large in all rows and in some. A prompt with
+    another first token differs everywhere."""
+    monkeypatch.setattr(prefill_attention, "BLOCK", 16)  # so that a short prompt has several
+    torch.manual_seed(0)
+    params = tiny_params(**SMALL, n_kv_heads=1)
+    model = int8_model(params, random_weights(params, outliers=(3,), vocab_size=50))
+    model.layers[0].ffn_norm.weight.data[9] = 8
+    long, one, few = (torch.randint(3, 50, (n,), device=DEVICE) for n in (18, 1, 4))
+    together, apart = (fused.FusedEngine(model, cache_of(model, 4, length=24)) for _ in range(2))
+    packed = [(1, 0, 18), (3, 0, 1), (0, 0, 4)]
+    features = together.prefill(torch.cat([long, one, few]), packed)
+    assert features.isfinite().all()
+
+    def equal(engine):
+        pairs = (engine.cache.k, together.cache.k), (engine.cache.v, together.cache.v)
+        return all(torch.equal(mine, other) for mine, other in pairs)
+
+    alone = [apart.prefill(x, [span]) for x, span in zip((long, one, few), packed)]
+    assert torch.equal(torch.cat(alone), features) and equal(apart)
+    # 18 tokens as 3, 14 and 1, the second over the end of a block of keys; 4 as 2 and 2.
+    cut = fused.FusedEngine(model, cache_of(model, 4, length=24))
+    first = cut.prefill(torch.cat([few[:2], long[:3]]), [(0, 0, 2), (1, 0, 3)])
+    middle = [(1, 3, 14), (3, 0, 1), (0, 2, 2)]
+    second = cut.prefill(torch.cat([long[3:17], one, few[2:]]), middle)
+    third = cut.prefill(long[17:], [(1, 17, 1)])
+    order = [first[2:], second[:14], third, second[14:15], first[:2], second[15:]]
+    assert torch.equal(torch.cat(order), features) and equal(cut)
+    long[0] = 3 + (long[0] - 2) % 47
+    assert not (cut.prefill(long[:3], [(1, 0, 3)]) == features[:3]).all(1).any()
+
+
+@torch.inference_mode()
+def test_the_plain_engine_takes_several_prompts():
+    params = tiny_params(**SMALL)
+    model = float_model(params, random_weights(params, vocab_size=50))
+    tokens = torch.randint(3, 50, (8,))
+    spans = [(1, 0, 4), (0, 0, 1), (1, 4, 3)]
+    cache = KVCache(model.args, 2, 8, torch.float32, torch.device("cpu"))
+    features = TorchEngine(model, cache).prefill(tokens, spans)
+    whole = model.features(torch.cat([tokens[:4], tokens[5:]])[None])[0]
+    assert torch.allclose(features[[0, 1, 2, 3, 5, 6, 7]], whole, atol=1e-5)
+    assert torch.allclose(features[4:5], model.features(tokens[None, 4:5])[0], atol=1e-5)
+    assert not torch.allclose(features[5:], model.features(tokens[None, 5:])[0], atol=1e-1)
+
+
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_a_prompt_of_any_length_has_the_same_bits_packed_and_cut():
+    """At the demo's width, where tiles of every size are used."""
+    model = LLaMA.build(device="cuda").model
+    lengths = [300, 1, 64, 70, 8, 129]
+    prompts = [torch.randint(3, 500, (n,), device="cuda") for n in lengths]
+    engines = [fused.FusedEngine(model, cache_of(model, 6, length=300)) for _ in range(3)]
+    together, alone, cut = engines
+    packed = [(slot, 0, n) for slot, n in enumerate(lengths)]
+    features = together.prefill(torch.cat(prompts), packed)
+    apart = [alone.prefill(tokens, [span]) for tokens, span in zip(prompts, packed)]
+    assert torch.equal(torch.cat(apart), features)
+    parts = []
+    for slot, (tokens, n) in enumerate(zip(prompts, lengths)):
+        for start in range(0, n, 37 + slot):
+            some = tokens[start : start + 37 + slot]
+            parts.append(cut.prefill(some, [(slot, start, len(some))]))
+    assert torch.equal(torch.cat(parts), features)
+    for engine in (alone, cut):
+        assert torch.equal(engine.cache.k, together.cache.k)
+        assert torch.equal(engine.cache.v, together.cache.v)
 
 
 def test_joined_layers_are_views_of_one_matrix():
@@ -150,7 +223,7 @@ def test_batch_sizes_agree():
     for B in (1, 3, 32):
         engine = fused.FusedEngine(model, cache_of(model, B))
         for row in range(B):
-            engine.prefill(row, tokens)
+            engine.prefill(tokens, [(row, 0, len(tokens))])
         positions = torch.full((B,), len(ids), device="cuda")
         logits = engine.step(tokens[:1].expand(B).contiguous(), positions)
         assert (logits == logits[0]).all()

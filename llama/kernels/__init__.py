@@ -5,6 +5,6 @@ op waits for the host. Kernels run in Triton's interpreter on a CPU (TRITON_INTE
 for compute capability 8.0 and later.
 
 Letters in shapes: T tokens of a prompt, B sequences, D inputs, N outputs, S length of the cache,
-H heads, Hkv heads of keys and values, K head dimension. CA, SCA, CB, SCB are the codes and scales
-of activations and weights, as bitsandbytes names them.
+H heads, Hkv heads of keys and values, K head dimension. CA are the codes of activations, CB and SCB
+the codes and scales of weights, as bitsandbytes names them.
 """

@@ -1,10 +1,11 @@
-"""LLM.int8() for many rows: the linear layers of a prompt.
+"""LLM.int8() for many rows: the linear layers of a prompt, each row by itself.
 
 The method of Dettmers et al. 2022 (arXiv 2208.07339, section 3): activations are rounded to int8
-row by row, those that reach the threshold are kept apart in fp16, int8 tensor cores multiply the
-codes, and the product of what was kept is added. Columns with anything kept are listed on the
-device, in their order, so that results repeat bit for bit. bitsandbytes keeps whole columns; here
-each starts at the first token that reaches the threshold, so that none depends on later ones.
+row by row, those that reach the threshold are kept apart in more bits, int8 tensor cores multiply
+the codes, and the product of what was kept is added. bitsandbytes keeps whole columns; here a row
+keeps its own large entries alone. They become integers of two int8 digits, 256 high + low, so that
+every sum is exact in int32, in whatever order and whatever columns other rows need: a row's result
+has the same bits in any company. Which columns a block of rows needs is listed on the device.
 """
 
 import torch
@@ -13,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.buffers import BLOCK_KEPT, Pair
-from llama.kernels.few_rows import Norm, normalized
+from llama.buffers import LIST_ROWS, Pair
+from llama.int8 import OUTLIER_THRESHOLD
+from llama.kernels.few_rows import DIGITS, Norm, normalized
 from llama.kernels.launch import launch
 
 # A program computes BLOCK_M rows x BLOCK_N outputs, BLOCK_K inputs a step. The linears of 13B for
@@ -24,35 +26,41 @@ BLOCK_M = 128
 BLOCK_N = 128
 BLOCK_K = 128
 WARPS = 4
-STAGES = 3
+FEW = 128  # rows up to which a program computes 64 outputs: else too few programs run at once
+SHARED = 96 * 1024  # bytes for the stages of a program, so that two fit on an SM of 228 KiB
 # Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (same GPU).
 NEIGHBOURS = 16
-CHUNK = 4096  # columns that kept_kernel searches at once
-KEPT_ROWS = 64  # rows for each of its programs
-NEVER = 2**31 - 1  # the first token that reaches the threshold in a column where none does
+BLOCK_KEPT = 32  # kept columns that are multiplied at once, the least of an int8 tensor core
+TINY = 1e-30
+# Limits of int32: codes up to 127 times whole numbers that add up to 2^23 + D / 2 fit in it, as do
+# 2^22 units of `step` and D products of two codes (D < 65,000).
+MOST_UNITS = 2.0**23
+MOST_STEPS = 2.0**22
+ROUND = 1.5 * 2.0**23  # added to a float32 below 2^22, it leaves no bits for a fraction
 Buffers = tuple[Tensor, ...]
 
 
-def vectorwise_quant_torch(x, threshold, buffers, before="nothing", norm=None):
+def vectorwise_quant_torch(x, buffers, before="nothing", norm=None):
     x = normalized(x, norm)
     if before == "swiglu":
         gate, up = x.chunk(2, -1)
         x = F.silu(gate) * up
     A = buffers[0].copy_(x).float()
-    large = ~(A.abs() < threshold)
+    large = ~(A.abs() < OUTLIER_THRESHOLD)
     small = A.masked_fill(large, 0)
-    SCA = small.abs().amax(1)
-    CA = (small * (127 / SCA.clamp(min=1e-30))[:, None]).round()
-    columns = large.any(0).nonzero()[:, 0]
-    since = large[:, columns].cummax(0).values
-    rest = (A - CA * (SCA / 127)[:, None])[:, columns].masked_fill(~since, 0).half()
-    return CA.to(torch.int8), SCA, (columns, len(columns), rest)
+    kept = A.masked_fill(~large, 0).abs().nan_to_num(nan=torch.inf)
+    step = torch.maximum(small.abs().amax(1) / 127, kept.sum(1) / MOST_STEPS)
+    unit = torch.maximum(kept.amax(1) / DIGITS, kept.sum(1) / MOST_UNITS)
+    CA = (small * (1 / step.clamp(min=TINY))[:, None]).round()
+    return CA.to(torch.int8), step, (buffers[0], unit)
 
 
 @triton.jit
 def vectorwise_quant_kernel(
-    x, weight, eps, A, CA, SCA, first, threshold,
+    x, weight, eps, A, CA, step, unit, flags, columns, counts,
     D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BEFORE: tl.constexpr,
+    THRESHOLD: tl.constexpr, DIGITS: tl.constexpr, MOST_UNITS: tl.constexpr,
+    MOST_STEPS: tl.constexpr, ROUND: tl.constexpr, LIST_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Each program quantizes one row, which it holds in registers."""
     m = tl.program_id(0)
@@ -73,8 +81,9 @@ def vectorwise_quant_kernel(
         for i in tl.static_range(TILES):
             squares += values[i] * values[i]
         norm = tl.rsqrt(tl.sum(squares, 0) / D + eps)
-    most = tl.zeros((TILE,), tl.float32)
     most_small = tl.zeros((TILE,), tl.float32)
+    most_kept = tl.zeros((TILE,), tl.float32)
+    sum_kept = tl.zeros((TILE,), tl.float32)
     halves = ()
     for i in tl.static_range(TILES):
         d = i * TILE + tl.arange(0, TILE)
@@ -85,99 +94,78 @@ def vectorwise_quant_kernel(
         if BEFORE != "nothing":
             tl.store(A + d, half, mask=d < D)
         value = tl.abs(half.to(tl.float32))
-        value = tl.where(value == value, value, float("inf"))  # NaN is kept apart too
-        most = tl.maximum(most, value)
-        most_small = tl.maximum(most_small, tl.where(value < threshold, value, 0))
+        value = tl.where(value == value, value, float("inf"))  # NaN makes the row infinite, too
+        kept = tl.where(value < THRESHOLD, 0, value)
+        most_small = tl.maximum(most_small, tl.where(value < THRESHOLD, value, 0))
+        most_kept = tl.maximum(most_kept, kept)
+        sum_kept += kept
         halves += (half,)
-    scale = tl.max(most_small, 0)
-    tl.store(SCA + m, scale)
+    kept = tl.max(most_kept, 0)
+    sum_of_kept = tl.sum(sum_kept, 0)
+    scale = tl.maximum(tl.max(most_small, 0) / 127, sum_of_kept / MOST_STEPS)
+    tl.store(step + m, scale)
+    tl.store(unit + m, tl.maximum(kept / DIGITS, sum_of_kept / MOST_UNITS))
+    inverse = 1 / tl.maximum(scale, 1e-30)
     for i in tl.static_range(TILES):
         d = i * TILE + tl.arange(0, TILE)
         value = halves[i].to(tl.float32)
-        ratio = tl.where(tl.abs(value) < threshold, value, 0) * (127 / tl.maximum(scale, 1e-30))
-        whole = (ratio + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no bits for a fraction
+        value = tl.where(tl.abs(value) < THRESHOLD, value, 0)
+        whole = tl.fma(value, inverse, ROUND) - ROUND
         tl.store(CA + d, whole.to(tl.int8), mask=d < D)
 
-    if tl.max(most, 0) >= threshold:
+    if kept > 0:  # list the columns that no other row of the block has listed
+        block = m // LIST_ROWS
+        flags += block * D
         for i in tl.static_range(TILES):
             d = i * TILE + tl.arange(0, TILE)
-            large = (d < D) & ((tl.abs(halves[i].to(tl.float32)) < threshold) == 0)
-            token = tl.load(first + d, mask=large, other=0, cache_modifier=".cg")
-            # Only earlier tokens than any so far: else many programs would queue at few addresses.
-            tl.atomic_min(first + d, m, mask=large & (token > m), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["M"])
-def kept_kernel(
-    A, CA, SCA, first, columns, count, rest, M, D: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, NEVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_KEPT: tl.constexpr,
-):  # fmt: skip
-    """Each program lists all columns with anything kept, and stores what its rows' codes lack."""
-    n_kept = 0
-    for start in range(0, D, CHUNK):
-        d = start + tl.arange(0, CHUNK)
-        kept = (tl.load(first + d, mask=d < D, other=NEVER) < NEVER).to(tl.int32)
-        found = tl.sum(kept, 0)
-        if found > 0:
-            tl.store(columns + n_kept + tl.cumsum(kept, 0) - 1, d, mask=kept > 0)
-        n_kept += found
-    tl.store(count, n_kept)
-    tl.debug_barrier()
-
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    j = tl.arange(0, BLOCK_KEPT)[None, :]
-    at, to = m.to(tl.int64) * D, m.to(tl.int64) * WIDTH + j
-    scale = tl.load(SCA + m, mask=m < M, other=0) / 127
-    i = 0
-    while i < n_kept:
-        column = tl.load(columns + i + j, mask=i + j < n_kept, other=0)
-        token = tl.load(first + column, mask=i + j < n_kept, other=NEVER)
-        there = (m < M) & (m >= token)
-        value = tl.load(A + at + column, mask=there, other=0).to(tl.float32)
-        value -= tl.load(CA + at + column, mask=there, other=0).to(tl.float32) * scale
-        tl.store(rest + to + i, value.to(tl.float16), mask=m < M)
-        i += BLOCK_KEPT
+            new = (d < D) & ((tl.abs(halves[i].to(tl.float32)) < THRESHOLD) == 0)
+            new &= tl.load(flags + d, mask=new, other=1, cache_modifier=".cg") == 0
+            new &= tl.atomic_xchg(flags + d, 1, mask=new, sem="relaxed") == 0
+            place = tl.atomic_add(counts + 2 * block + d * 0, 1, mask=new, sem="relaxed")
+            tl.store(columns + block * D + place, d, mask=new)
 
 
 def vectorwise_quant(
-    x: Tensor, threshold: float, buffers: Buffers, before: str = "nothing", norm: Norm = None
+    x: Tensor, buffers: Buffers, before: str = "nothing", norm: Norm = None
 ) -> tuple[Tensor, Tensor, Buffers]:
-    """Rows as int8 codes and a scale each: A = CA * SCA / 127 where |A| < threshold. A (M, D) fp16
-    is what `before` makes of x: "nothing" x itself; "rms_norm" of x (M, D) float32; "swiglu"
-    silu(first half) * second half of x (M, 2 D) fp16. Returns CA, SCA and what was kept apart:
-    columns, how many, and what the codes lack of A there (M, at least as many) fp16. All lie in
-    `buffers`, which are quant_buffers(M, D)."""
-    A, CA, SCA, first, *kept = buffers
-    (M, D), width = CA.shape, kept[2].shape[1]
+    """Rows as int8 codes and a step each: A = CA * step where |A| < OUTLIER_THRESHOLD, else CA is
+    0 and A kept apart. A (M, D) fp16 is what `before` makes of x: "nothing" x itself; "rms_norm" of
+    x (M, D) float32; "swiglu" silu(first half) * second half of x (M, 2 D) fp16. Returns CA, step
+    (M,) and what mixed_scaled_mm() finds the kept entries by: A, the unit (M,) that they are
+    multiples of, and the columns listed for each LIST_ROWS rows. All lie in `buffers`, which are
+    quant_buffers(M, D). Where a row is not finite, so are step and unit."""
+    A, CA, step, *kept = buffers
+    M, D = CA.shape
     A = x if before == "nothing" else A
-    first.fill_(NEVER)
     warps = 8 if D <= 8192 else 16
     tile = 128 * warps
     launch(
-        vectorwise_quant_kernel, (M,), x, *(norm or (None, 0.0)), A, CA, SCA, first, threshold, D,
-        tile, triton.cdiv(D, tile), before, num_warps=warps,
+        vectorwise_quant_kernel, (M,), x, *(norm or (None, 0.0)), A, CA, step, *kept, D, tile,
+        triton.cdiv(D, tile), before, OUTLIER_THRESHOLD, DIGITS, MOST_UNITS, MOST_STEPS, ROUND,
+        LIST_ROWS, num_warps=warps,
     )  # fmt: skip
-    launch(
-        kept_kernel, (triton.cdiv(M, KEPT_ROWS),), A, CA, SCA, first, *kept, M, D, width, CHUNK,
-        NEVER, KEPT_ROWS, BLOCK_KEPT, num_warps=8,
-    )  # fmt: skip
-    return CA, SCA, tuple(kept)
+    return CA, step, (A, *kept)
 
 
-def mixed_scaled_mm_torch(CA, SCA, kept, weights, out, then: str) -> None:
-    (columns, count, rest), (CB, SCB) = kept, weights
-    columns, rest = columns[:count].long(), rest[:, :count]
-    y = CA.double() @ CB.double().T * (SCA / 127)[:, None]
-    y = (y + rest.double() @ CB[:, columns].double().T) * (SCB / 127)
+def mixed_scaled_mm_torch(CA, step, kept, weights, out, then: str) -> None:
+    (A, unit, *_), (CB, SCB) = kept, weights
+    codes = CB.double().T
+    large = A.double().masked_fill(A.abs() < OUTLIER_THRESHOLD, 0)
+    digits = (large * (1 / unit.clamp(min=TINY))[:, None]).round()
+    steps = (digits @ codes * (unit / step.clamp(min=TINY))[:, None] + 0.5).floor()
+    y = (steps + CA.double() @ codes) * step[:, None] * (SCB / 127)
     out.copy_(y + out if then == "add" else y)
 
 
 @triton.jit(do_not_specialize=["M"])
 def mixed_scaled_mm_kernel(
-    CA, SCA, columns, count, rest, CB, SCB, out, M, N,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_KEPT: tl.constexpr, NEIGHBOURS: tl.constexpr, THEN: tl.constexpr,
+    CA, step, A, unit, flags, columns, counts, CB, SCB, out, M, N,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr, NEIGHBOURS: tl.constexpr, THEN: tl.constexpr,
+    THRESHOLD: tl.constexpr, ROUND: tl.constexpr, LIST_ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Each program computes a tile; the last of a block of rows empties its list for the next.
+    Float32 operations are fused where it says so alone: for the same bits in tiles of any size."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
@@ -185,34 +173,47 @@ def mixed_scaled_mm_kernel(
     m0 = (group * NEIGHBOURS + within % side_by_side) * BLOCK_M
     n0 = within // side_by_side * BLOCK_N
     CA += m0.to(tl.int64) * D
-    rest += m0.to(tl.int64) * WIDTH
+    A += m0.to(tl.int64) * D
     CB += n0.to(tl.int64) * D
     out += m0.to(tl.int64) * N + n0
     m = tl.arange(0, BLOCK_M)
     row = (m < M - m0)[:, None]
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)  # what repeats the last is never stored
     outputs = n[None, :] * D
+    steps = tl.load(step + m0 + m, mask=m < M - m0, other=0)
+
+    # What was kept: its high digits, 256 times that, its low digits; then as multiples of `step`.
+    whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    block = m0 // LIST_ROWS
+    n_kept = tl.load(counts + 2 * block)
+    if n_kept > 0:
+        units = tl.load(unit + m0 + m, mask=m < M - m0, other=0)
+        inverse = (1 / tl.maximum(units, 1e-30))[:, None]
+        padded = tl.cdiv(n_kept, BLOCK_KEPT) * BLOCK_KEPT
+        start = 0
+        while start < 2 * padded:
+            j = start % padded + tl.arange(0, BLOCK_KEPT)
+            column = tl.load(columns + block * D + j, mask=j < n_kept, other=0)
+            there = row & (j < n_kept)[None, :]
+            value = tl.load(A + m[:, None] * D + column[None, :], there, other=0).to(tl.float32)
+            value = tl.where(tl.abs(value) < THRESHOLD, 0, value)
+            digits = (tl.fma(value, inverse, ROUND) - ROUND).to(tl.int32)
+            high = (digits + 128) >> 8
+            digits = tl.where(start < padded, high, digits - (high << 8)).to(tl.int8)
+            b = tl.load(CB + outputs + column[:, None], (j < n_kept)[:, None], other=0)
+            whole *= tl.where(start == padded, 256, 1)
+            whole = tl.dot(digits, b, whole, out_dtype=tl.int32)
+            start += BLOCK_KEPT
+        ratio = (units / tl.maximum(steps, 1e-30))[:, None]
+        whole = tl.floor(tl.fma(whole.to(tl.float32), ratio, 0.5)).to(tl.int32)
 
     k = tl.arange(0, BLOCK_K)
-    whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for i in range(0, D, BLOCK_K):
         inside = (i + k < D) | (D % BLOCK_K == 0)  # the latter is known when it compiles
         a = tl.load(CA + m[:, None] * D + (i + k)[None, :], row & inside[None, :], other=0)
         b = tl.load(CB + outputs + (i + k)[:, None], inside[:, None], other=0)
         whole = tl.dot(a, b, whole, out_dtype=tl.int32)
-    y = whole.to(tl.float32) * (tl.load(SCA + m0 + m, mask=m < M - m0, other=0) / 127)[:, None]
-
-    j = tl.arange(0, BLOCK_KEPT)
-    n_kept = tl.load(count)
-    start = 0
-    while start < n_kept:
-        column = tl.load(columns + start + j, mask=start + j < n_kept, other=0)
-        a = tl.load(rest + m[:, None] * WIDTH + (start + j)[None, :], mask=row, other=0)
-        b = tl.load(CB + outputs + column[:, None]).to(tl.float16)
-        y = tl.dot(a, b, y)
-        start += BLOCK_KEPT
-
-    y *= (tl.load(SCB + n0 + n) / 127)[None, :]
+    y = whole.to(tl.float32) * steps[:, None] * (tl.load(SCB + n0 + n) / 127)[None, :]
     n = tl.arange(0, BLOCK_N)
     there = row & (n < N - n0)[None, :]
     target = out + m[:, None] * N + n[None, :]
@@ -221,15 +222,36 @@ def mixed_scaled_mm_kernel(
     else:
         tl.store(target, y.to(out.dtype.element_ty), mask=there)
 
+    if n_kept > 0:
+        tl.debug_barrier()
+        ROW_TILES: tl.constexpr = LIST_ROWS // BLOCK_M
+        programs = tl.minimum(ROW_TILES, tiles_m - block * ROW_TILES) * tiles_n
+        if tl.atomic_add(counts + 2 * block + 1, 1) == programs - 1:
+            tl.store(counts + 2 * block + tl.arange(0, 2), 0)
+            start = 0
+            while start < n_kept:
+                j = start + tl.arange(0, BLOCK_K)
+                column = tl.load(columns + block * D + j, mask=j < n_kept, other=0)
+                tl.store(flags + block * D + column, 0, mask=j < n_kept)
+                start += BLOCK_K
+
+
+def tile_of(M: int) -> tuple[int, int, int]:
+    """Rows and outputs of a program for M rows, and its stages. The bits don't depend on them."""
+    rows, outputs = 64 if M <= 64 else BLOCK_M, 64 if M <= FEW else BLOCK_N
+    return rows, outputs, SHARED // ((rows + outputs) * BLOCK_K)
+
 
 def mixed_scaled_mm(
-    CA: Tensor, SCA: Tensor, kept: Buffers, weights: Pair, out: Tensor, then: str
+    CA: Tensor, step: Tensor, kept: Buffers, weights: Pair, out: Tensor, then: str
 ) -> None:
-    """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) and scales SCB (N,):
-    "store" puts the product (M, N) into out, "add" adds it to out."""
+    """Rows as vectorwise_quant() returned them, once, times int8 weights CB (N, D) and scales SCB
+    (N,): "store" puts the product (M, N) into out, "add" adds it to out."""
     (M, D), N = CA.shape, out.shape[1]
+    block_m, block_n, stages = tile_of(M)
     launch(
-        mixed_scaled_mm_kernel, (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),), CA, SCA,
-        *kept, *weights, out, M, N, D, kept[2].shape[1], BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KEPT,
-        NEIGHBOURS, then, num_warps=WARPS, num_stages=STAGES,
+        mixed_scaled_mm_kernel, (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),), CA, step,
+        *kept, *weights, out, M, N, D, block_m, block_n, BLOCK_K, BLOCK_KEPT, NEIGHBOURS, then,
+        OUTLIER_THRESHOLD, ROUND, LIST_ROWS, num_warps=WARPS, num_stages=stages,
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,26 +1,38 @@
-"""Rotary embedding of a prompt; its keys and values go into the cache."""
+"""Rotary embedding of the rows of a prefill; their keys and values go into the caches."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llama import model
+from llama.buffers import Pair
 from llama.kernels.launch import launch
+from llama.model import Span
 
 BLOCK_T = 16  # tokens a program
 
 
-def rotate_torch(qkv, k_cache, v_cache, rotation) -> None:
-    (T, _), (_, Hkv, K) = qkv.shape, k_cache.shape
+def places_of(spans: list[Span], S: int, device: torch.device) -> Tensor:
+    """Where the tokens of spans lie in a cache of S tokens a slot, (T,) int32: slot * S + position.
+    The host does not wait for the device."""
+    starts = [(slot * S + start, count) for slot, start, count in spans]
+    places = [torch.arange(at, at + n, dtype=torch.int32, device="cpu") for at, n in starts]
+    return torch.cat(places).to(device, non_blocking=True)
+
+
+def rotate_torch(qkv, caches, places, rotation) -> None:
+    (T, _), (_, S, Hkv, K) = qkv.shape, caches[0].shape
     q, k, v = qkv.view(T, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 1)
     for x in (q, k):
-        x.copy_(model.rotate(x[None], rotation[None, :T])[0])
-    k_cache[:T], v_cache[:T] = k, v
+        x.copy_(model.rotate(x[None], rotation[None, places % S])[0])
+    for x, cache in zip((k, v), caches):
+        cache[places // S, places % S] = x
 
 
 @triton.jit(do_not_specialize=["T"])
 def rotate_kernel(
-    qkv, k_cache, v_cache, rotation, T,
+    qkv, k_cache, v_cache, places, rotation, T, S,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Each program turns one head of BLOCK_T tokens."""
@@ -28,27 +40,29 @@ def rotate_kernel(
     h = tl.program_id(1)
     d = tl.arange(0, K)[None, :]
     inside = t < T
+    place = tl.load(places + t, mask=inside, other=0)
     source = qkv + (t * (H + 2 * HKV) + h) * K + d
+    target = place.to(tl.int64) * (HKV * K) + d
     x = tl.load(source, mask=inside)
     if h < H + HKV:
         even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_T, K // 2, 2)))
-        angle = tl.load(rotation + t * K + d, mask=inside)
+        angle = tl.load(rotation + place % S * K + d, mask=inside)
         cos, sin = tl.split(tl.reshape(angle, (BLOCK_T, K // 2, 2)))
         turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
         x = tl.reshape(turned, (BLOCK_T, K)).to(x.dtype)
         tl.store(source, x, mask=inside)
         if h >= H:
-            tl.store(k_cache + (t * HKV + h - H) * K + d, x, mask=inside)
+            tl.store(k_cache + target + (h - H) * K, x, mask=inside)
     else:
-        tl.store(v_cache + (t * HKV + h - H - HKV) * K + d, x, mask=inside)
+        tl.store(v_cache + target + (h - H - HKV) * K, x, mask=inside)
 
 
-def rotate(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, rotation: Tensor) -> None:
-    """Rotates queries and keys of the first T tokens of a sequence in place, and stores keys and
-    values in the caches (S, Hkv, K) fp16. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by side;
-    rotation (.., K/2, 2) float32."""
-    (T, width), (_, Hkv, K) = qkv.shape, k_cache.shape
+def rotate(qkv: Tensor, caches: Pair, places: Tensor, rotation: Tensor) -> None:
+    """Rotates queries and keys of T tokens in place, and stores keys and values in the caches
+    (B, S, Hkv, K) fp16 where places_of() says. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by
+    side; rotation (.., K/2, 2) float32 begins with position 0."""
+    (T, width), (_, S, Hkv, K) = qkv.shape, caches[0].shape
     heads = width // K
     grid = (triton.cdiv(T, BLOCK_T), heads)
     constants = heads - 2 * Hkv, Hkv, K, BLOCK_T
-    launch(rotate_kernel, grid, qkv, k_cache, v_cache, rotation, T, *constants, num_warps=4)
+    launch(rotate_kernel, grid, qkv, *caches, places, rotation, T, S, *constants, num_warps=4)
