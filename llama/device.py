@@ -50,8 +50,8 @@ def pick_engine(device: torch.device, head_dim: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         reason = f"{device} has compute capability {capability}, our kernels need (8, 0)"
-    elif head_dim < 16 or head_dim & (head_dim - 1):
-        reason = f"attention heads are {head_dim} wide, our kernels need a power of 2, at least 16"
+    elif head_dim < 32 or head_dim & (head_dim - 1):
+        reason = f"attention heads are {head_dim} wide, our kernels need a power of 2, at least 32"
     else:
         return "triton"
     warnings.warn(f"{reason}: bitsandbytes multiplies instead, slower", stacklevel=3)

@@ -23,11 +23,11 @@ def types(text):
     return dict(argument.split(": ") for argument in text.split(", "))
 
 
-LINEAR = types("x: *fp16, gain: *fp16, CB: *i8, SCB: *fp32, out: *fp32, N: i32, eps: fp32")
-FEW = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, partial: *fp32")
-FEW |= types("arrivals: *i32, B: i32, N: i32")
+LINEAR = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, partial: *fp32")
+LINEAR |= types("arrivals: *i32, B: i32, N: i32")
+SPLIT = types("x: *fp32, gain: *fp16, eps: fp32, digits: *i8, scales: *fp32")
 ATTEND = types("qkv: *fp32, k_cache: *fp16, v_cache: *fp16, positions: *i64, rotation: *fp32")
-ATTEND |= types("partial: *fp32, arrivals: *i32, out: *fp16, S: i32, scale: fp32")
+ATTEND |= types("partial: *fp32, arrivals: *i32, digits: *i8, scales: *fp32, S: i32, scale: fp32")
 ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, places: *i32, rotation: *fp32, T: i32")
 ROTATE |= types("S: i32")
 PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
@@ -42,23 +42,21 @@ SAMPLING |= types("top_p: fp32, top_k: i32, last: i32")
 
 def cases():
     """(kernel, types of its arguments, constants, launch options)"""
-    few = {"GROUP": few_rows.GROUP, "BLOCK_N": few_rows.BLOCK_N}
-    for D, then, splits in ((5120, "swiglu", 2), (13824, "add", 4)):
-        tiles = triton.cdiv(D, few_rows.TILE)
-        constants = {"D": D, "TILE": few_rows.TILE, "TILES": tiles, "THEN": then}
-        yield few_rows.matvec_kernel, LINEAR, constants, {"num_warps": 4}
-        constants = few | {"D": D, "BLOCK_B": 32, "SPLITS": splits, "THEN": then}
-        options = {"num_warps": 4, "num_stages": few_rows.STAGES}
-        yield few_rows.few_rows_kernel, FEW, constants, options
-    constants = {"D": 5120, "TILE": few_rows.TILE, "TILES": 5}
-    of_norm = LINEAR | {"x": "*fp32", "out": "*fp16"}
-    yield few_rows.normalize_kernel, of_norm, constants, {"num_warps": 4}
-    of_split = of_norm | {"digits": "*i8", "scales": "*fp32", "B": "i32"}
+    words = LINEAR | {"digits": "*i32", "CB": "*i32"}
+    options = {"num_warps": few_rows.WARPS, "num_stages": few_rows.STAGES}
+    for D, then in ((5120, "swiglu"), (13824, "add")):
+        constants = {"D": D, "GROUP": few_rows.GROUP, "THEN": then, "DP4A": True}
+        yield few_rows.one_row_kernel, words, constants | {"ROWS": few_rows.ROWS}, options
+        constants |= {"BLOCK_B": 32, "BLOCK_N": few_rows.BLOCK_N}
+        yield few_rows.few_rows_kernel, LINEAR, constants, options
     constants = {name: getattr(few_rows, name) for name in ("TILE", "GROUP", "DIGITS")}
     constants |= {"D": 5120, "TILES": 5, "NORM": True}
-    yield few_rows.split_kernel, of_split, constants, {"num_warps": 4}
-    sizes = {"K": 128, "SPLIT": 64, "BLOCK": 64, "MAX_SPLITS": attention.MAX_SPLITS}
-    yield attention.attend_kernel, ATTEND, sizes | {"H": 64, "HKV": 8}, {"num_warps": 4}
+    yield few_rows.split_kernel, SPLIT, constants, {"num_warps": 4}
+    names = ("BLOCK", "LEAST", "MAX_SPLITS", "DIGITS")
+    constants = {name: getattr(attention, name) for name in names}
+    constants |= {"H": 64, "HKV": 8, "K": 128, "HEADS": 16}
+    options = {"num_warps": attention.WARPS, "num_stages": attention.STAGES}
+    yield attention.attend_kernel, ATTEND, constants, options
 
     constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
     yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}
@@ -111,6 +109,7 @@ def shared_memory(case: int, capability: int) -> tuple[str, float]:
         for i, name in enumerate(kernel.arg_names)
         if given.get(name, "")[:1] == "*" or (name in given and name in "NS")
     }
+    constants = {name: constants[name] for name in constants if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options)

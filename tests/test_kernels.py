@@ -177,6 +177,7 @@ def check_attend(positions, S, H, Hkv, K):
     if positions.min() > 0:
         wrong = few_rows.joined(attention.attend_torch(qkv, twins, positions - 1, rotation))
         assert (wrong - theirs).abs().max() > 4e-3 * theirs.abs().max()
+    return ours
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,17 @@ def check_attend(positions, S, H, Hkv, K):
 @pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 1)])
 def test_attend(positions, S, H, Hkv):
     check_attend(positions, S, H, Hkv, 16)
+
+
+def test_a_row_attends_alike_whatever_runs_beside_it(monkeypatch):
+    """In splits of 64 tokens, by three programs for each key head, or by one that does all."""
+    monkeypatch.setattr(attention, "LEAST", 1)
+    results = []
+    for programs in (1024, 1):
+        torch.manual_seed(0)
+        monkeypatch.setattr(attention, "PROGRAMS", programs)
+        results.append(check_attend([190, 128, 127], 200, 4, 1, 16))
+    assert torch.equal(*results)
 
 
 @pytest.mark.cuda
