@@ -60,9 +60,10 @@ def cases():
 
     constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
     yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}
-    for rows, K in ((prefill_attention.ROWS, 128), (prefill_attention.ROWS // 2, 64)):
-        constants = {"H": 64, "HKV": 8, "K": K, "ROWS": rows, "BLOCK": prefill_attention.BLOCK}
-        options = {"num_warps": rows // 16, "num_stages": prefill_attention.STAGES}
+    for K in (64, 128):
+        constants = {"H": 64, "HKV": 8, "K": K}
+        constants |= {name: getattr(prefill_attention, name) for name in ("ROWS", "BLOCK")}
+        options = {"num_warps": 4, "num_stages": prefill_attention.STAGES}
         yield prefill_attention.attend_kernel, PREFILL, constants, options
     names = ("MOST_UNITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "DIGITS")
     constants = {name: getattr(llm_int8, name) for name in names}

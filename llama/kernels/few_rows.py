@@ -144,17 +144,11 @@ def requested(row, words, STEP: tl.constexpr, TILES: tl.constexpr, END: tl.const
 
 
 @triton.jit
-def scaled(high, low, scale):
-    """What the whole numbers 256 high + low stand for, as a row."""
-    return (high * 256 + low).to(tl.float32) * scale[None, :]
-
-
-@triton.jit
 def group_product(w, high, low, scale, DP4A: tl.constexpr):
     """w (R, 4, words) times a group of each quarter: (R, 4)."""
-    high = dot4(w, tl.broadcast_to(high, w.shape), tl.zeros_like(w), DP4A)
-    low = dot4(w, tl.broadcast_to(low, w.shape), tl.zeros_like(w), DP4A)
-    return scaled(tl.sum(high, 2), tl.sum(low, 2), scale)
+    whole = dot4(w, tl.broadcast_to(high, w.shape), tl.zeros_like(w), DP4A) * 256
+    whole = dot4(w, tl.broadcast_to(low, w.shape), whole, DP4A)
+    return tl.sum(whole, 2).to(tl.float32) * scale[None, :]
 
 
 @triton.jit
@@ -214,7 +208,7 @@ def group_products(w, x, scale):
     """w (N, GROUP) times the two rows of digits that x (2 B, GROUP) has for each: (N, B)."""
     whole = tl.dot(w, tl.trans(x), out_dtype=tl.int32)
     high, low = tl.split(tl.reshape(whole, (whole.shape[0], whole.shape[1] // 2, 2)))
-    return scaled(high, low, scale)
+    return (high * 256 + low).to(tl.float32) * scale[None, :]
 
 
 @triton.jit

@@ -157,6 +157,21 @@ def mixed_scaled_mm_torch(CA, step, kept, weights, out, then: str) -> None:
     out.copy_(y + out if then == "add" else y)
 
 
+@triton.jit
+def kept_digits(
+    listed, j, n_kept, rows, row, inverse, weights, THRESHOLD: tl.constexpr, ROUND: tl.constexpr
+):
+    """High and low digits (BLOCK_M, BLOCK_KEPT) of what rows keep in the j-th of the listed
+    columns, and the codes of the weights there (BLOCK_KEPT, BLOCK_N)."""
+    column = tl.load(listed + j, mask=j < n_kept, other=0)
+    value = tl.load(rows + column[None, :], row & (j < n_kept)[None, :], other=0).to(tl.float32)
+    value = tl.where(tl.abs(value) < THRESHOLD, 0, value)
+    digits = (tl.fma(value, inverse, ROUND) - ROUND).to(tl.int32)
+    high = (digits + 128) >> 8
+    codes = tl.load(weights + column[:, None], (j < n_kept)[:, None], other=0)
+    return high.to(tl.int8), (digits - (high << 8)).to(tl.int8), codes
+
+
 @triton.jit(do_not_specialize=["M"])
 def mixed_scaled_mm_kernel(
     CA, step, A, unit, flags, columns, counts, CB, SCB, out, M, N,
@@ -182,27 +197,33 @@ def mixed_scaled_mm_kernel(
     outputs = n[None, :] * D
     steps = tl.load(step + m0 + m, mask=m < M - m0, other=0)
 
-    # What was kept: its high digits, 256 times that, its low digits; then as multiples of `step`.
+    # What was kept: the high digits of all columns, 256 times that, the low digits; then as
+    # multiples of `step`. There are seldom more columns than one dot takes.
     whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     block = m0 // LIST_ROWS
     n_kept = tl.load(counts + 2 * block)
     if n_kept > 0:
         units = tl.load(unit + m0 + m, mask=m < M - m0, other=0)
         inverse = (1 / tl.maximum(units, 1e-30))[:, None]
-        padded = tl.cdiv(n_kept, BLOCK_KEPT) * BLOCK_KEPT
-        start = 0
-        while start < 2 * padded:
-            j = start % padded + tl.arange(0, BLOCK_KEPT)
-            column = tl.load(columns + block * D + j, mask=j < n_kept, other=0)
-            there = row & (j < n_kept)[None, :]
-            value = tl.load(A + m[:, None] * D + column[None, :], there, other=0).to(tl.float32)
-            value = tl.where(tl.abs(value) < THRESHOLD, 0, value)
-            digits = (tl.fma(value, inverse, ROUND) - ROUND).to(tl.int32)
-            high = (digits + 128) >> 8
-            digits = tl.where(start < padded, high, digits - (high << 8)).to(tl.int8)
-            b = tl.load(CB + outputs + column[:, None], (j < n_kept)[:, None], other=0)
-            whole *= tl.where(start == padded, 256, 1)
-            whole = tl.dot(digits, b, whole, out_dtype=tl.int32)
+        listed, rows, j = columns + block * D, A + m[:, None] * D, tl.arange(0, BLOCK_KEPT)
+        high, low, codes = kept_digits(
+            listed, j, n_kept, rows, row, inverse, CB + outputs, THRESHOLD, ROUND
+        )
+        start = BLOCK_KEPT
+        while start < n_kept:
+            more, _, its_codes = kept_digits(
+                listed, start + j, n_kept, rows, row, inverse, CB + outputs, THRESHOLD, ROUND
+            )
+            whole = tl.dot(more, its_codes, whole, out_dtype=tl.int32)
+            start += BLOCK_KEPT
+        whole = tl.dot(high, codes, whole, out_dtype=tl.int32) * 256
+        whole = tl.dot(low, codes, whole, out_dtype=tl.int32)
+        start = BLOCK_KEPT
+        while start < n_kept:
+            _, more, its_codes = kept_digits(
+                listed, start + j, n_kept, rows, row, inverse, CB + outputs, THRESHOLD, ROUND
+            )
+            whole = tl.dot(more, its_codes, whole, out_dtype=tl.int32)
             start += BLOCK_KEPT
         ratio = (units / tl.maximum(steps, 1e-30))[:, None]
         whole = tl.floor(tl.fma(whole.to(tl.float32), ratio, 0.5)).to(tl.int32)
