@@ -114,7 +114,7 @@ def build(
 def prefill_seconds(llm: LLaMA, length: int) -> float:
     engine = make_engine(llm.model, llm.engine, 1, length)
     tokens = torch.randint(3, llm.model.args.vocab_size, (length,), device=DEVICE)
-    return seconds(lambda: engine.head(engine.prefill(0, tokens)[-1:]))
+    return seconds(lambda: engine.head(engine.prefill(tokens, [(0, 0, length)])[-1:]))
 
 
 @torch.inference_mode()

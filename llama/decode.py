@@ -20,6 +20,8 @@ from llama.model import KVCache, Transformer
 
 ENGINES = ("triton", "bnb")
 
+# A slot, the position of its first token and how many: those before it are in its cache already.
+Span = tuple[int, int, int]
 # logits (B, V), tokens (B, S), lengths (B,), uniform (B,) in [0, 1) -> the next token (B,)
 Pick = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -32,11 +34,15 @@ class TorchEngine:
         # bitsandbytes asks the host whether there are outliers, which a CUDA graph cannot hold.
         self.capturable = cache.k.is_cuda and not isinstance(model.output, Int8Linear)
 
-    def prefill(self, slot: int, tokens: Tensor, start: int = 0) -> Tensor:
-        """What the head reads (T, D), of tokens (T,) from position `start` of a sequence on, those
-        before it being in the cache; fills the cache."""
-        cache = self.cache.slot(slot, start + len(tokens))
-        return self.model.features(tokens[None], start, cache)[0]
+    def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
+        """What the head reads (T, D) of tokens (T,), which spans divide among sequences; fills the
+        cache."""
+        parts = tokens.split([count for _, _, count in spans])
+        features = [
+            self.model.features(part[None], start, self.cache.slot(slot, start + count))[0]
+            for part, (slot, start, count) in zip(parts, spans)
+        ]
+        return torch.cat(features)
 
     def head(self, features: Tensor) -> Tensor:
         """Float32 logits (T, V) of what follows each of some tokens."""
@@ -98,7 +104,9 @@ class Decoder:
         self.tokens[slot, :length].copy_(torch.tensor(ids, device="cpu"), non_blocking=True)
         self.uniform[slot, length:end].copy_(uniform, non_blocking=True)
         self.left[slot] = len(uniform) - 1
-        features = self.engine.prefill(slot, self.tokens[slot, start:length], start)
+        features = self.engine.prefill(
+            self.tokens[slot, start:length], [(slot, start, length - start)]
+        )
         self.lengths[slot], self.last[slot] = length, end - 1
         self._draw(self.engine.head(features[-1:]), slice(slot, slot + 1))
 
@@ -106,7 +114,7 @@ class Decoder:
         """Prefills what all prompts begin with and copies its keys and values to every slot. No
         sequence writes over what it begins with, so they are there for later ones in a slot too:
         pass start=len(ids) to prefill(). To be called before the first sequence."""
-        self.engine.prefill(0, torch.tensor(ids, device=self.tokens.device))
+        self.engine.prefill(torch.tensor(ids, device=self.tokens.device), [(0, 0, len(ids))])
         for cache in (self.engine.cache.k, self.engine.cache.v):
             cache[:, 1:, : len(ids)] = cache[:, :1, : len(ids)]
 

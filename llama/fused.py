@@ -32,7 +32,13 @@ class FusedEngine:
         self.output = join([model.output])
         self.buffers = DecodeBuffers(model.args, cache.k.shape[1], cache.k.device)
 
-    def prefill(self, slot: int, tokens: Tensor, start: int = 0) -> Tensor:
+    def prefill(self, tokens: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+        parts = tokens.split([count for _, _, count in spans])
+        return torch.cat(
+            [self._prefill(s, part, start) for part, (s, start, _) in zip(parts, spans)]
+        )
+
+    def _prefill(self, slot: int, tokens: Tensor, start: int) -> Tensor:
         """Runs tokens (T,) of a sequence from position `start` on, those before it being in the
         cache, and fills the cache. Returns the residual stream (T, D) float32 after all layers,
         which the head reads."""

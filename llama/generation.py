@@ -351,7 +351,8 @@ class LLaMA:
         try:
             with self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
-                parts = engine.prefill(0, torch.tensor(ids, device=self._device)).split(POSITIONS)
+                parts = engine.prefill(torch.tensor(ids, device=self._device), [(0, 0, len(ids))])
+                parts = parts.split(POSITIONS)
             for part in parts:
                 with self._turn():
                     logits = engine.head(part)

@@ -161,9 +161,9 @@ def prefills(monkeypatch):
     """(start, tokens) of each prefill."""
     seen, prefill = [], decode.TorchEngine.prefill
 
-    def watched(self, slot, tokens, start=0):
-        seen.append((start, len(tokens)))
-        return prefill(self, slot, tokens, start)
+    def watched(self, tokens, spans):
+        seen.extend((start, count) for _, start, count in spans)
+        return prefill(self, tokens, spans)
 
     monkeypatch.setattr(decode.TorchEngine, "prefill", watched)
     return seen
@@ -206,10 +206,11 @@ def test_each_answer_is_that_of_a_fresh_prefill(llm, prefills, settings):
 def test_reuse_changes_no_logit_by_more_than_rounding(llm):
     ids = conversation(MESSAGES, llm)
     engine = decode.make_engine(llm.model, "triton", 2, 400)
-    whole = engine.head(engine.prefill(0, torch.tensor(ids)))
+    whole = engine.head(engine.prefill(torch.tensor(ids), [(0, 0, len(ids))]))
     for start in (1, 20, len(ids) - 1):
-        engine.prefill(1, torch.tensor(ids[:start]))
-        logits = engine.head(engine.prefill(1, torch.tensor(ids[start:]), start))
+        engine.prefill(torch.tensor(ids[:start]), [(1, 0, start)])
+        rest = torch.tensor(ids[start:])
+        logits = engine.head(engine.prefill(rest, [(1, start, len(rest))]))
         assert (logits - whole[start:]).abs().max() < 2e-5
 
 
@@ -227,11 +228,13 @@ def test_reuse_on_cuda(folder, use_int8, engine):
         assert len(before) <= cached < len(ids)
         assert "".join(talk.answer(text))
         fresh, reused = (decode.make_engine(llm.model, llm.engine, 1, 400) for _ in range(2))
-        expected = fresh.head(fresh.prefill(0, torch.tensor(ids, device="cuda"))[-1:])
+        expected = fresh.head(
+            fresh.prefill(torch.tensor(ids, device="cuda"), [(0, 0, len(ids))])[-1:]
+        )
         reused.cache.k[:, :, :cached] = talk.decoder.engine.cache.k[:, :, :cached]
         reused.cache.v[:, :, :cached] = talk.decoder.engine.cache.v[:, :, :cached]
         new = torch.tensor(ids[cached:], device="cuda")
-        error = reused.head(reused.prefill(0, new, cached)[-1:]) - expected
+        error = reused.head(reused.prefill(new, [(0, cached, len(new))])[-1:]) - expected
         assert error.std() < (0.1 if use_int8 else 0.01) * expected.std()
 
 

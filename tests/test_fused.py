@@ -36,7 +36,7 @@ def cache_of(model, batch, dtype=torch.half):
 
 
 def logits_after(engine, slot, tokens):
-    return engine.head(engine.prefill(slot, tokens)[-1:])
+    return engine.head(engine.prefill(tokens, [(slot, 0, len(tokens))])[-1:])
 
 
 @pytest.mark.parametrize("B, n_kv_heads", [(1, None), (3, 1)])
@@ -150,7 +150,7 @@ def test_batch_sizes_agree():
     for B in (1, 3, 32):
         engine = fused.FusedEngine(model, cache_of(model, B))
         for row in range(B):
-            engine.prefill(row, tokens)
+            engine.prefill(tokens, [(row, 0, len(tokens))])
         positions = torch.full((B,), len(ids), device="cuda")
         logits = engine.step(tokens[:1].expand(B).contiguous(), positions)
         assert (logits == logits[0]).all()

@@ -89,9 +89,9 @@ def prefills(monkeypatch):
     """(slot, start, tokens) of each prefill, None for each step."""
     seen, prefill, step = [], decode.TorchEngine.prefill, decode.TorchEngine.step
 
-    def prefilled(self, slot, tokens, start=0):
-        seen.append((slot, start, len(tokens)))
-        return prefill(self, slot, tokens, start)
+    def prefilled(self, tokens, spans):
+        seen.extend(spans)
+        return prefill(self, tokens, spans)
 
     monkeypatch.setattr(decode.TorchEngine, "prefill", prefilled)
     monkeypatch.setattr(decode.TorchEngine, "step", lambda *args: seen.append(None) or step(*args))
