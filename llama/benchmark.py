@@ -129,7 +129,7 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
     decoder = Decoder(llm.model, llm.engine, batch, context + new, pick)
     for slot in range(batch):
         ids = torch.randint(3, llm.model.args.vocab_size, (context,)).tolist()
-        decoder.prefill(slot, ids, torch.zeros(new))
+        decoder.begin(slot, ids, torch.zeros(new))
     return decoder
 
 
@@ -137,6 +137,8 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
 def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
     """The median time of a decode step, in which the host reads the tokens."""
     decoder, times = running(llm, batch, context, NEW_TOKENS), []
+    while decoder.queue:
+        decoder.step()
     for _ in range(NEW_TOKENS):
         decoder.step()
         times.append(time.perf_counter())
