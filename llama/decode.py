@@ -11,7 +11,7 @@ Two engines compute the logits, with the same methods: `TorchEngine` by the mode
 launched one by one from Python, its kernels would take longer to launch than to run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 
 import torch
@@ -67,6 +67,13 @@ def make_engine(model: Transformer, name: str, slots: int, length: int):
     return TorchEngine(model, cache)
 
 
+def in_passes(engine, ids: list[int]) -> Iterator[Tensor]:
+    """Prefills slot 0 with ids, PACK at a time; yields what the head reads of each pass."""
+    for start in range(0, len(ids), PACK):
+        part = torch.tensor(ids[start : start + PACK], device=engine.cache.k.device)
+        yield engine.prefill(part, [(0, start, len(part))])
+
+
 class Decoder:
     """The state of a running batch of sequences of at most `length` tokens. Cache, tokens, logits
     and graph are its own, so several decoders may use one model by turns."""
@@ -112,13 +119,12 @@ class Decoder:
         """Prefills what all prompts begin with and copies its keys and values to every slot. No
         sequence writes over what it begins with, so they are there for later ones in a slot too:
         pass start=len(ids) to begin(). To be called before the first sequence."""
-        tokens, length = torch.tensor(ids, device=self.tokens.device), len(ids)
-        for start in range(0, length, PACK):
-            part = tokens[start : start + PACK]
-            self.engine.prefill(part, [(0, start, len(part))])
+        length = len(ids)
+        for _ in in_passes(self.engine, ids):
+            pass
         for cache in (self.engine.cache.k, self.engine.cache.v):
             cache[:, 1:, :length] = cache[:, :1, :length]
-        self.tokens[:, :length] = tokens
+        self.tokens[:, :length] = torch.tensor(ids, device=self.tokens.device)
         self._hold(slice(None), length)
 
     def cached(self, slot: int, ids: list[int]) -> int:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from llama import checkpoint, room
-from llama.buffers import PACK
 from llama.chat import conversation, stripped
 from llama.continuation import Completion, Continuation, completions, pieces
-from llama.decode import ENGINES, Decoder, make_engine
+from llama.decode import ENGINES, Decoder, in_passes, make_engine
 from llama.device import pick_device, pick_engine, use_cores
 from llama.model import Transformer
 from llama.params import read_model
@@ -338,24 +337,27 @@ class LLaMA:
         scores = []
         for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
             scores.append([])
-            following = torch.tensor(ids[1:], device="cpu").split(PACK)
-            for tokens, logits in zip(following, self.logits(ids[:-1])):
+            following = torch.tensor(ids[1:], device="cpu")
+            for logits in self.logits(ids[:-1]):
+                tokens, following = following[: len(logits)], following[len(logits) :]
                 every = logits.log_softmax(-1)
                 scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
         return scores
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Float32 logits of what follows each of ids, in order: (n, V), at most PACK at once."""
+        """Float32 logits of what follows each of ids, in order: (n, V), those of a pass at once."""
         if not ids:
             return
-        engine = None
+        engine = passes = None
         try:
             with self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
-            for start in range(0, len(ids), PACK):
+                passes = in_passes(engine, ids)
+            while True:
                 with self._turn():
-                    part = torch.tensor(ids[start : start + PACK], device=self._device)
-                    logits = engine.head(engine.prefill(part, [(0, start, len(part))]))
+                    if (features := next(passes, None)) is None:
+                        return
+                    logits = engine.head(features)
                     finite = bool(logits.isfinite().all())
                 if not finite:
                     raise FloatingPointError(NOT_FINITE_LOGITS)
@@ -365,7 +367,7 @@ class LLaMA:
                 f"{self._device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
         finally:
-            del engine
+            del engine, passes
 
     @property
     def _device(self) -> torch.device:

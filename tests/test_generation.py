@@ -368,7 +368,7 @@ def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatc
         every = logits.double().log_softmax(-1)
         expected.append([every[i, token].item() for i, token in enumerate(row[1:])])
     for pack in (512, 3):
-        monkeypatch.setattr(generation, "PACK", pack)
+        monkeypatch.setattr(decode, "PACK", pack)
         scores = demo_float.score(PROMPTS)
         assert [len(s) for s in scores] == [len(row) - 1 for row in ids]
         for got, want in zip(scores, expected):
