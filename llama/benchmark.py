@@ -8,26 +8,32 @@ features, whose activations pass 6.0. Each figure is a line on stdout, the media
 only ratios within one run compare across machines.
 """
 
+import copy
 import gc
 import itertools
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from json import dump, dumps, loads
 
 import torch
 from torch import nn
 
 from llama.cli import run
-from llama.decode import Decoder, make_engine
+from llama.continuation import Continuation
+from llama.decode import Decoder, in_passes, make_engine
 from llama.generation import DEMO, LLaMA
 from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
 from llama.model import Transformer, rotation_table
 from llama.room import GIB, cache_bytes, check_room, weight_bytes
-from llama.settings import check
+from llama.settings import Settings, check
 from llama.tokenizer import Tokenizer
 
 OUTLIERS = [7, 300, 1021, 1333, 2047]  # 1B has a width of 2,048
@@ -40,6 +46,11 @@ CONTEXT = 2048  # tokens, which LLaMA was trained with; more for longer prompts
 LONGEST = 131072  # tokens, as Llama 3.1's context
 DEVICE = torch.device("cuda")
 REPEATS = 5
+# With --lists: prompts of a length in a range, which also has the number of new tokens of each
+LISTED, SLOTS, RANGE = 256, 32, (32, 512)
+SHORT = 8  # tokens
+SHARED = 1000, 16  # tokens that twice as many prompts as slots begin with, and of their own
+COPIES = 8
 ENGINES = {"int8": (True, "triton"), "int8_bnb": (True, "bnb"), "fp16": (False, "triton")}
 
 # A process of its own, whose start and first token are timed.
@@ -113,8 +124,14 @@ def build(
 @torch.inference_mode()
 def prefill_seconds(llm: LLaMA, length: int) -> float:
     engine = make_engine(llm.model, llm.engine, 1, length)
-    tokens = torch.randint(3, llm.model.args.vocab_size, (length,), device=DEVICE)
-    return seconds(lambda: engine.head(engine.prefill(tokens, [(0, 0, length)])[-1:]))
+    ids = torch.randint(3, llm.model.args.vocab_size, (length,)).tolist()
+
+    def work() -> None:
+        for features in in_passes(engine, ids):
+            last = features[-1:]
+        engine.head(last)
+
+    return seconds(work)
 
 
 @torch.inference_mode()
@@ -129,7 +146,7 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
     decoder = Decoder(llm.model, llm.engine, batch, context + new, pick)
     for slot in range(batch):
         ids = torch.randint(3, llm.model.args.vocab_size, (context,)).tolist()
-        decoder.prefill(slot, ids, torch.zeros(new))
+        decoder.begin(slot, ids, torch.zeros(new))
     return decoder
 
 
@@ -137,6 +154,8 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
 def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
     """The median time of a decode step, in which the host reads the tokens."""
     decoder, times = running(llm, batch, context, NEW_TOKENS), []
+    while decoder.queue:
+        decoder.step()
     for _ in range(NEW_TOKENS):
         decoder.step()
         times.append(time.perf_counter())
@@ -168,8 +187,9 @@ def main(
     lengths: list[int] = LENGTHS,
     engines: str = ",".join(ENGINES),
     json: str | None = None,
+    lists: bool = False,
 ):
-    """Times start, prefill and decoding on CUDA.
+    """Times start, prefill and decoding on CUDA, or lists of prompts.
 
     Args:
         size: one of llama.memory, with random weights
@@ -179,6 +199,7 @@ def main(
         lengths: tokens of prompts; the shortest and the longest are also contexts of decoding
         engines: some of int8,int8_bnb,fp16
         json: a file that the figures are written to as well
+        lists: times lists of prompts instead, in int8
     """
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
@@ -205,40 +226,58 @@ def main(
     for name, value in figures.items():
         print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
 
-    def say(name: str, value: float, unit: str, note: str = "") -> None:
-        figures[f"{name}, {unit}"] = value
-        print(f"{name}: {value:.4g} {unit}{note}", flush=True)
+    for name in ["int8"] if lists else engines:
+        with left_out(name):
+            if lists:
+                time_lists(build(name, *model_of), figures)
+            else:
+                time_engine(name, model_of, lengths, batches, bandwidth, figures)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if not lists:
+        for other in engines[1:]:
+            compare(figures, engines[0], other)
+        for part, took in first_token_seconds(engines[0], *model_of).items():
+            say(figures, f"{engines[0]}: start to first token, {part}", took, "s")
+    if json:
+        with open(json, "w") as file:
+            dump(figures, file, indent=1)
 
-    for name in engines:
-        used_before = used_bytes()
-        torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        try:
-            llm = build(name, *model_of)
-        except MemoryError as error:
-            print(f"{name}: left out, {error}", flush=True)
-            continue
-        torch.cuda.synchronize()
-        if ckpt_dir:
-            say(f"{name}: load", time.perf_counter() - started, "s")
-        args = llm.model.args
-        weights = weight_bytes(llm.model, torch.float16)
-        read = weights - llm.model.tok_embeddings.weight.nbytes  # of which a step reads a row
-        for length in lengths:
-            say(f"{name}: prefill of {length} tokens", 1000 * prefill_seconds(llm, length), "ms")
-        peak = torch.cuda.max_memory_allocated() / GIB
-        driver = (used_bytes() - used_before) / GIB
-        note = f" ({driver:.2f} GiB with torch's pool)"
-        say(f"{name}: GPU memory with one sequence of {max(lengths)} tokens", peak, "GiB", note)
-        for context, batch in itertools.product((min(lengths), max(lengths)), batches):
-            try:
-                took = step_seconds(llm, batch, context)
-            except MemoryError as error:
-                print(f"{name}: left out, {error}", flush=True)
-                continue
+
+def time_engine(
+    name: str,
+    model_of: tuple[str | int | None, ...],
+    lengths: list[int],
+    batches: list[int],
+    bandwidth: float,
+    figures: dict,
+) -> None:
+    """Loading, prefill, memory and decoding."""
+    used_before = used_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    llm = build(name, *model_of)
+    torch.cuda.synchronize()
+    if model_of[1]:
+        say(figures, f"{name}: load", time.perf_counter() - started, "s")
+    args = llm.model.args
+    weights = weight_bytes(llm.model, torch.float16)
+    read = weights - llm.model.tok_embeddings.weight.nbytes  # of which a step reads a row
+    for length in lengths:
+        took = prefill_seconds(llm, length)
+        say(figures, f"{name}: prefill of {length} tokens", 1000 * took, "ms")
+    peak = torch.cuda.max_memory_allocated() / GIB
+    driver = (used_bytes() - used_before) / GIB
+    note = f" ({driver:.2f} GiB with torch's pool)"
+    what = f"{name}: GPU memory with one sequence of {max(lengths)} tokens"
+    say(figures, what, peak, "GiB", note)
+    for context, batch in itertools.product((min(lengths), max(lengths)), batches):
+        with left_out(name):
+            took = step_seconds(llm, batch, context)
             cached = cache_bytes(args, batch, context + NEW_TOKENS // 2, torch.float16)
             rate = (read + cached) / took / bandwidth
             say(
+                figures,
                 f"{name}: decode at batch {batch}, {context} tokens of context",
                 batch / took,
                 "tokens/s",
@@ -246,17 +285,96 @@ def main(
                 f"token, {rate:.2f} of the read bandwidth)",
             )
             figures[f"{name}: of the read bandwidth at batch {batch}, {context} tokens"] = rate
-        del llm
-        gc.collect()
-        torch.cuda.empty_cache()
 
-    for other in engines[1:]:
-        compare(figures, engines[0], other)
-    for part, took in first_token_seconds(engines[0], *model_of).items():
-        say(f"{engines[0]}: start to first token, {part}", took, "s")
-    if json:
-        with open(json, "w") as file:
-            dump(figures, file, indent=1)
+
+def time_lists(llm: LLaMA, figures: dict) -> None:
+    """Random prompts: a list against groups that each wait for their longest row, short ones, some
+    that begin alike, and copies of one."""
+    llm.model.args = replace(llm.model.args, max_batch_size=SLOTS)
+    chance, (least, most) = random.Random(1), RANGE
+
+    def prompt(length: int) -> list[int]:
+        return chance.choices(range(3, llm.tokenizer.n_words), k=length)
+
+    prompts = [prompt(chance.randint(least, most)) for _ in range(LISTED)]
+    limits = [chance.randint(least, most) for _ in prompts]
+    groups = [slice(start, start + SLOTS) for start in range(0, LISTED, SLOTS)]
+    list_seconds(llm, prompts[:SLOTS], 3)  # compiles
+    took = sum(list_seconds(llm, prompts[group], limits[group]) for group in groups)
+    steps = [*steps_of(llm, prompts, limits)]
+    ratio = took / steps[-1][0]
+    what = f"int8: {LISTED} prompts of {least} to {most} tokens, {least} to {most} new ones"
+    say(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
+    rate = sum(limits) / steps[-1][0]
+    say(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
+    # The last to get a slot is the last of a step's rows.
+    until = next(n for n, (_, rows) in enumerate(steps, 1) if rows[-1].index == LISTED - 1)
+    pairs = itertools.pairwise([(0, []), *steps[:until]])
+    busy = sum(now - before for (before, _), (now, rows) in pairs if len(rows) == SLOTS)
+    share = busy / steps[until - 1][0]
+    say(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
+
+    def first_tokens(what: str, prompts: list[list[int]], against: float | None = None) -> float:
+        list_seconds(llm, prompts, 1)
+        took = statistics.median(list_seconds(llm, prompts, 1) for _ in range(REPEATS))
+        note = f" ({against / took:.2f}x)" if against else ""
+        say(figures, f"int8: first token of {what}", 1000 * took, "ms", note)
+        return took
+
+    first_tokens(f"{SLOTS} prompts of {SHORT} tokens", [prompt(SHORT) for _ in range(SLOTS)])
+    beginning, own = SHARED
+    several = [prompt(beginning + own) for _ in range(2 * SLOTS)]
+    what = f"{2 * SLOTS} prompts of {beginning + own} tokens"
+    apart = first_tokens(what, several)
+    alike = [several[0][:beginning] + ids[beginning:] for ids in several]
+    first_tokens(f"{what}, {beginning} of them shared", alike, apart)
+    one = prompt(most)
+    alone = first_tokens(f"a prompt of {most} tokens", [one])
+    first_tokens(f"{COPIES} copies of it", [one] * COPIES, alone)
+
+
+def list_seconds(llm: LLaMA, prompts: list[list[int]], limits: list[int] | int) -> float:
+    """Until the last token; limits may be one for all."""
+    limits = [limits] * len(prompts) if isinstance(limits, int) else limits
+    *_, (took, _) = steps_of(llm, prompts, limits)
+    return took
+
+
+def steps_of(
+    llm: LLaMA, prompts: list[list[int]], limits: list[int]
+) -> Iterator[tuple[float, list[Continuation]]]:
+    """Seconds since the start and the rows that got a token, after each step of a list whose rows
+    each end at their own limit, never at a token."""
+    tokenizer = copy.copy(llm.tokenizer)
+    tokenizer.end_ids = ()
+    rows = [
+        Continuation(tokenizer, ids, limit, [], index=place)
+        for place, (ids, limit) in enumerate(zip(prompts, limits))
+    ]
+    started = time.perf_counter()
+    for drawn in llm._steps(rows, Settings(seed=1), False, None, ()):
+        yield time.perf_counter() - started, drawn
+
+
+@contextmanager
+def left_out(name: str) -> Iterator[None]:
+    """Prints in one sentence what does not fit instead of raising an error."""
+    try:
+        yield
+    except MemoryError as error:
+        print(f"{name}: left out, {error}", flush=True)
+    except torch.OutOfMemoryError:
+        print(
+            f"{name}: left out, the GPU ran out of memory though the estimate fits: something else "
+            "takes what was free (nvidia-smi shows it)",
+            flush=True,
+        )
+
+
+def say(figures: dict, name: str, value: float, unit: str, note: str = "") -> None:
+    """Keeps a figure and prints it."""
+    figures[f"{name}, {unit}"] = value
+    print(f"{name}: {value:.4g} {unit}{note}", flush=True)
 
 
 def used_bytes() -> int:

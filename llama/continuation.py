@@ -23,7 +23,7 @@ class Completion:
     text: str
     tokens: list[int]
     finish_reason: str  # "stop" (a stop string), "length" or "eos"
-    seconds: float  # from the start of the prompt's prefill to the last token
+    seconds: float  # from when the prompt got its slot to the last token
     seconds_to_first_token: float
     logprobs: list[float]  # of each token; empty unless asked for
 

@@ -1,20 +1,23 @@
 """The decoder: a running batch of sequences, each in a slot with its own length.
 
-`prefill(slot, ids, uniform)` begins a sequence while those in the other slots wait, also in a slot
-whose sequence has ended; `step()` returns the newest token of every slot. A slot's tokens are drawn
-from its own logits with its own random numbers, so that no sequence depends on the others.
+`begin(slot, ids, uniform)` queues a sequence for a slot, also for one whose sequence has ended;
+`step()` returns the newest token of every slot. Between two steps of the sequences that run, one
+pass prefills the next of the queue: at most PACK tokens, of several short prompts or of one long
+one, so that is how long the others wait. A slot's tokens are drawn from its own logits with its own
+random numbers, so that no sequence depends on the others.
 
 Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
 `fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:
 launched one by one from Python, its kernels would take longer to launch than to run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from llama.buffers import PACK
 from llama.int8 import Int8Linear
 from llama.model import KVCache, Span, Transformer
 
@@ -62,6 +65,13 @@ def make_engine(model: Transformer, name: str, slots: int, length: int):
     return TorchEngine(model, cache)
 
 
+def in_passes(engine, ids: list[int]) -> Iterator[Tensor]:
+    """Prefills slot 0 with ids, PACK at a time; yields what the head reads of each pass."""
+    for start in range(0, len(ids), PACK):
+        part = torch.tensor(ids[start : start + PACK], device=engine.cache.k.device)
+        yield engine.prefill(part, [(0, start, len(part))])
+
+
 class Decoder:
     """The state of a running batch of sequences of at most `length` tokens. Cache, tokens, logits
     and graph are its own, so several decoders may use one model by turns."""
@@ -78,6 +88,7 @@ class Decoder:
         self.engine, self.pick = make_engine(model, engine, slots, length), pick
         whole = {"dtype": torch.long, "device": model.tok_embeddings.weight.device}
         single = whole | {"dtype": torch.float32}
+        self.slots = torch.arange(slots, **whole)
         self.tokens = torch.zeros(slots, length, **whole)
         self.uniform = torch.zeros(slots, length, **single)  # draws the token at the same place
         self.lengths = torch.ones(slots, **whole)
@@ -85,35 +96,34 @@ class Decoder:
         self.newest = torch.zeros(slots, **whole)
         self.logprobs = torch.zeros(slots, **single) if logprobs else None
         self.left = [0] * slots  # tokens still to be drawn
-        self.due = False  # the newest tokens were returned, others are to follow
+        # By slot: ids of which not all are in the cache yet, how many are, and where the sequence
+        # ends. Such a slot has no newest token.
+        self.queue: dict[int, tuple[list[int], int, int]] = {}
+        self.returned = False  # the newest tokens
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def prefill(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
-        """Begins a sequence with ids in a slot and draws its first token; the first `start` of them
-        are in the slot's cache already. uniform (n,), on the host, has a number in [0, 1) for each
-        token to come, of which there is at least one."""
+    def begin(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
+        """Queues a sequence for a slot; the first `start` of its ids are in the slot's cache
+        already. uniform (n,), on the host, has a number in [0, 1) for each token to come, of which
+        there is at least one."""
+        end = len(ids) + len(uniform)
         self.left[slot] = 0
-        if self.due and any(self.left):
-            self._advance()
-        self.due = False
-        length, end = len(ids), len(ids) + len(uniform)
-        self.lengths[slot] = start + 1  # should what follows be interrupted: see cached()
+        self._hold(slot, start)
         # The host does not wait for the step that runs: this shall come right after it.
-        self.tokens[slot, :length].copy_(torch.tensor(ids, device="cpu"), non_blocking=True)
-        self.uniform[slot, length:end].copy_(uniform, non_blocking=True)
-        self.left[slot] = len(uniform) - 1
-        new = self.tokens[slot, start:length]
-        features = self.engine.prefill(new, [(slot, start, length - start)])
-        self.lengths[slot], self.last[slot] = length, end - 1
-        self._draw(self.engine.head(features[-1:]), slice(slot, slot + 1))
+        self.uniform[slot, len(ids) : end].copy_(uniform, non_blocking=True)
+        self.queue[slot] = ids, start, end
 
     def share(self, ids: list[int]) -> None:
         """Prefills what all prompts begin with and copies its keys and values to every slot. No
         sequence writes over what it begins with, so they are there for later ones in a slot too:
-        pass start=len(ids) to prefill(). To be called before the first sequence."""
-        self.engine.prefill(torch.tensor(ids, device=self.tokens.device), [(0, 0, len(ids))])
+        pass start=len(ids) to begin(). To be called before the first sequence."""
+        length = len(ids)
+        for _ in in_passes(self.engine, ids):
+            pass
         for cache in (self.engine.cache.k, self.engine.cache.v):
-            cache[:, 1:, : len(ids)] = cache[:, :1, : len(ids)]
+            cache[:, 1:, :length] = cache[:, :1, :length]
+        self.tokens[:, :length] = torch.tensor(ids, device=self.tokens.device)
+        self._hold(slice(None), length)
 
     def cached(self, slot: int, ids: list[int]) -> int:
         """How many of ids, the last not among them, a slot's cache holds from an earlier sequence
@@ -122,16 +132,19 @@ class Decoder:
         return len([*takewhile(lambda pair: pair[0] == pair[1], zip(there, ids[:-1]))])
 
     def step(self) -> list[list]:
-        """The newest token of every slot, NOT_FINITE where its logits were not all finite; with
-        logprobs, a second list has theirs. A sequence that has ended goes on in its last place:
-        nobody reads it. With a CUDA graph the next step already runs meanwhile."""
-        if self.due:
+        """The newest token of every slot that is not in the queue, NOT_FINITE where its logits were
+        not all finite; with logprobs, a second list has theirs. A sequence that has ended goes on
+        in its last place: nobody reads it. With a CUDA graph the next step already runs meanwhile;
+        the first tokens do not wait until it is captured."""
+        if self.returned and any(self.left):
             self._advance()
+        if self.queue:
+            self._prefill()
         drawn = [self.newest] if self.logprobs is None else [self.newest, self.logprobs]
         drawn = [values.to("cpu", non_blocking=True) for values in drawn]
         arrived = torch.cuda.current_stream().record_event() if self.newest.is_cuda else None
-        self.due = max(self.left) > 0
-        if self.due and self.engine.capturable:
+        self.returned = True
+        if self.graph and any(self.left):
             self._advance()
         if arrived:
             arrived.synchronize()
@@ -142,9 +155,45 @@ class Decoder:
         vars(self.engine).clear()
         vars(self).clear()
 
+    def _hold(self, slots: int | slice, start: int) -> None:
+        """Has steps, which run over all slots, write to place `start` alone, which the next prefill
+        overwrites; what is before it is in the cache."""
+        self.lengths[slots], self.last[slots] = start + 1, start
+
+    def _prefill(self) -> None:
+        """One pass over the first of the queue. A prompt is cut at every PACK tokens of its own,
+        whatever its company, and draws its first token in the pass that ends it."""
+        spans, tokens = [], []
+        for slot, (ids, start, _) in self.queue.items():
+            part = ids[start : start + PACK]
+            if len(tokens) + len(part) > PACK:
+                break
+            spans.append((slot, start, len(part)))
+            tokens += part
+        tokens = torch.tensor(tokens, device="cpu").to(self.tokens.device, non_blocking=True)
+        counts = [count for _, _, count in spans]
+        for (slot, start, count), part in zip(spans, tokens.split(counts)):
+            self.tokens[slot, start : start + count] = part
+        features = self.engine.prefill(tokens, spans)
+
+        ids, _, end = self.queue[slot]
+        if start + count < len(ids):  # a part of a long prompt fills its pass alone
+            self.queue[slot] = ids, start + count, end
+            self._hold(slot, start + count)
+            return
+        for slot, _, _ in spans:
+            ids, _, end = self.queue.pop(slot)
+            self.left[slot] = end - len(ids) - 1
+            self.lengths[slot], self.last[slot] = len(ids), end - 1
+        ends = torch.tensor([counts, [slot for slot, _, _ in spans]], device="cpu")
+        counts, slots = ends.to(tokens.device, non_blocking=True)
+        # As many rows as in a step, some of them twice: how many end here changes no rounding.
+        each = self.slots % len(spans)
+        self._draw(self.engine.head(features[counts.cumsum(0)[each] - 1]), slots[each])
+
     def _advance(self) -> None:
         """Computes what follows the newest token of every slot, and draws the next."""
-        self.due = False
+        self.returned = False
         self.left = [max(0, n - 1) for n in self.left]
         if self.engine.capturable:
             self.graph = self.graph or self._capture()
@@ -154,19 +203,19 @@ class Decoder:
 
     def _forward(self) -> None:
         tokens, positions = self.newest.clamp(min=0), self.lengths - 1
-        self._draw(self.engine.step(tokens, positions), slice(None))
+        self._draw(self.engine.step(tokens, positions), self.slots)
 
-    def _draw(self, logits: Tensor, slots: slice) -> None:
+    def _draw(self, logits: Tensor, slots: Tensor) -> None:
+        """Draws what follows the sequences in slots (n,) from logits (n, V)."""
         tokens, lengths = self.tokens[slots], self.lengths[slots]
-        place = torch.minimum(lengths, self.last[slots])[:, None]
-        uniform = self.uniform[slots].gather(1, place)[:, 0]
-        drawn = self.pick(logits, tokens, lengths, uniform)
+        place = torch.minimum(lengths, self.last[slots])
+        drawn = self.pick(logits, tokens, lengths, self.uniform[slots, place])
         self.newest[slots] = drawn
-        drawn = drawn.clamp(min=0)[:, None]
+        drawn = drawn.clamp(min=0)
         if self.logprobs is not None:
-            self.logprobs[slots] = logits.log_softmax(-1).gather(1, drawn)[:, 0]
-        tokens.scatter_(1, place, drawn)
-        lengths.copy_(place[:, 0] + 1)
+            self.logprobs[slots] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+        self.tokens[slots, place] = drawn
+        self.lengths[slots] = place + 1
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """A step as a CUDA graph. It runs once to compile and warm up, and what it changed is put

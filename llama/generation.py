@@ -1,10 +1,10 @@
 """`LLaMA`: a model and its tokenizer. `build` loads them, `generate` and `stream` continue prompts,
 `chat` answers in a conversation, `score` says how likely a text is.
 
-A prompt becomes ids, which go into a slot of a `Decoder` as soon as one is free; from then on each
-step gives every slot its next id, and a `Continuation` turns them into text. Each call has its own
-state, so that calls may be abandoned or interleaved. Threads may share a model: they take turns, a
-step at a time.
+A prompt becomes ids, which go into a slot of a `Decoder` as soon as one is free; once they are
+prefilled, each step gives every slot its next id, and a `Continuation` turns them into text. Each
+call has its own state, so that calls may be abandoned or interleaved. Threads may share a model:
+they take turns, a step at a time.
 """
 
 import os
@@ -26,7 +26,7 @@ from torch import Tensor
 from llama import checkpoint, room
 from llama.chat import conversation, stripped
 from llama.continuation import Completion, Continuation, completions, pieces
-from llama.decode import ENGINES, Decoder, make_engine
+from llama.decode import ENGINES, Decoder, in_passes, make_engine
 from llama.device import pick_device, pick_engine, use_cores
 from llama.model import Transformer
 from llama.params import read_model
@@ -35,7 +35,6 @@ from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode
 
 DEMO = Path(__file__).parent / "demo"
-POSITIONS = 256  # whose logits are in memory at once when a text is scored: 33 MB of LLaMA's
 SHARED = 32  # tokens that all prompts begin with, from which on they are prefilled apart, once
 # Weights below which one core of a CPU is as fast as several, and several are slowed down by any
 # other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
@@ -125,7 +124,8 @@ class LLaMA:
         """Returns each prompt followed by its continuation, in order.
 
         max_batch_size of them go on at a time, or fewer where memory is short; when one ends, the
-        next takes its place. What all begin with is computed once, and then rounded a little
+        next takes its place. Between two tokens of those that go on, at most 512 tokens of new
+        prompts are read. What all begin with is computed once, and then rounded a little
         differently than in each alone; so `[prompt] * n` reads a prompt once for n continuations.
 
         A continuation ends at the model's end-of-text token, before a stop string, after
@@ -270,21 +270,22 @@ class LLaMA:
                     decoder.share(shared)
             while waiting or going:
                 free = [slot for slot in range(slots) if slot not in going]
-                for slot in free[: len(waiting)]:
-                    row = going[slot] = waiting.popleft()
-                    row.begin()
-                    uniform = uniform_numbers(seed, row.index, row.limit)
-                    with self._turn():
-                        start = kept.cached(slot, row.prompt_ids) if kept else len(shared)
-                        decoder.prefill(slot, row.prompt_ids, uniform, start)
                 with self._turn():
+                    for slot in free[: len(waiting)]:
+                        row = going[slot] = waiting.popleft()
+                        row.begin()
+                        uniform = uniform_numbers(seed, row.index, row.limit)
+                        start = kept.cached(slot, row.prompt_ids) if kept else len(shared)
+                        decoder.begin(slot, row.prompt_ids, uniform, start)
                     drawn = decoder.step()
-                for slot, row in going.items():
+                begun = [slot for slot in going if slot not in decoder.queue]
+                for slot in begun:
                     id, *logprob = (values[slot] for values in drawn)
                     if id == NOT_FINITE:
                         raise FloatingPointError(NOT_FINITE_LOGITS)
-                    row.add(id, *logprob)
-                yield list(going.values())
+                    going[slot].add(id, *logprob)
+                if begun:
+                    yield [going[slot] for slot in begun]
                 going = {slot: row for slot, row in going.items() if row.finish_reason is None}
         except torch.OutOfMemoryError:
             raise self._too_big(slots, length) from None
@@ -330,32 +331,33 @@ class LLaMA:
         """The log-probability of each token of each text: one for each of
         `tokenizer.encode(text, bos=False, eos=False)`, given the tokens before it, in nats.
 
-        Each text takes one prefill. ValueError for one longer than max_seq_len, FloatingPointError
+        Each text is prefilled. ValueError for one longer than max_seq_len, FloatingPointError
         and MemoryError as `generate`.
         """
         scores = []
         for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
             scores.append([])
-            following = torch.tensor(ids[1:], device="cpu").split(POSITIONS)
-            for tokens, logits in zip(following, self.logits(ids[:-1])):
+            following = torch.tensor(ids[1:], device="cpu")
+            for logits in self.logits(ids[:-1]):
+                tokens, following = following[: len(logits)], following[len(logits) :]
                 every = logits.log_softmax(-1)
                 scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
         return scores
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Float32 logits of what follows each of ids, in order: (n, V), at most POSITIONS at once,
-        from one prefill."""
+        """Float32 logits of what follows each of ids, in order: (n, V), those of a pass at once."""
         if not ids:
             return
-        engine = None
+        engine = passes = None
         try:
             with self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
-                tokens = torch.tensor(ids, device=self._device)
-                parts = engine.prefill(tokens, [(0, 0, len(ids))]).split(POSITIONS)
-            for part in parts:
+                passes = in_passes(engine, ids)
+            while True:
                 with self._turn():
-                    logits = engine.head(part)
+                    if (features := next(passes, None)) is None:
+                        return
+                    logits = engine.head(features)
                     finite = bool(logits.isfinite().all())
                 if not finite:
                     raise FloatingPointError(NOT_FINITE_LOGITS)
@@ -365,7 +367,7 @@ class LLaMA:
                 f"{self._device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
         finally:
-            del engine
+            del engine, passes
 
     @property
     def _device(self) -> torch.device:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llama.buffers import DecodeBuffers, PrefillBuffers
+from llama.buffers import PACK, DecodeBuffers, PrefillBuffers
 from llama.int8 import Int8Linear
 from llama.model import KVCache, ModelArgs, Transformer
 
@@ -41,11 +41,12 @@ class Need:
 
 def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Need:
     """For `batch` sequences of `length` tokens; the model may be on the meta device. Work is what
-    the prefill of one such prompt takes at its peak, in int8 on CUDA, and a step of the batch."""
+    a pass of their prefill takes at its peak, in int8 on CUDA, and a step of the batch."""
     args = model.args
     rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
     cache = KVCache(args, batch, length, dtype, META)
-    prefill, decode = PrefillBuffers(args, length, META), DecodeBuffers(args, batch, META)
+    prefill = PrefillBuffers(args, min(PACK, batch * length), META)
+    decode = DecodeBuffers(args, batch, META)
     attention = prefill.qkv[:, : args.dim].nbytes
     return Need(
         weights=rotation + sum(map(pooled, weight_sizes(model, dtype))),

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from llama import benchmark, memory, room
+from llama import benchmark, decode, memory, room
 
 
 @pytest.fixture
@@ -60,6 +60,48 @@ def test_what_does_not_fit_is_left_out(run, monkeypatch):
     status, out, _ = run(*SHORT)
     assert status == 0 and "fp16: left out, the model needs" in out
     assert "int8: decode at batch 2, 9 tokens" in out and "against" not in out
+
+
+def test_running_out_of_memory_is_one_sentence(run, monkeypatch):
+    """In spite of the estimate; what comes after goes on."""
+    prefill, lacking = benchmark.prefill_seconds, iter([True])
+
+    def out_of_memory(*of):
+        if next(lacking, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+        return prefill(*of)
+
+    monkeypatch.setattr(benchmark, "prefill_seconds", out_of_memory)
+    status, out, _ = run(*SHORT)
+    assert status == 0 and "fp16: prefill of 9 tokens" in out and "int8: prefill" not in out
+    assert out.count("int8: left out, the GPU ran out of memory though the estimate fits: ") == 1
+
+
+def test_lists(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "LISTED", 7)
+    monkeypatch.setattr(benchmark, "SLOTS", 2)
+    monkeypatch.setattr(decode, "PACK", 9)
+    monkeypatch.setattr(benchmark, "RANGE", (2, 9))
+    monkeypatch.setattr(benchmark, "SHARED", (40, 3))
+    file = tmp_path / "figures.json"
+    status, out, err = run("--size=7B", "--lists", f"--json={file}")
+    assert (status, err) == (0, "")
+    figures = json.loads(file.read_text())
+    list_of = "int8: 7 prompts of 2 to 9 tokens, 2 to 9 new ones"
+    ratio = (
+        figures[f"{list_of}, 2 slots, tokens/s"] / figures[f"{list_of}, in groups of 2, tokens/s"]
+    )
+    assert f" tokens/s ({ratio:.2f}x)\n" in out
+    share = figures["int8: until all have begun, each slot draws a token, of the time"]
+    assert 0.3 < share < 1  # not in the first pass
+    for what in (
+        "2 prompts of 8 tokens",
+        "4 prompts of 43 tokens",
+        "4 prompts of 43 tokens, 40 of them shared",
+        "a prompt of 9 tokens",
+        "8 copies of it",
+    ):
+        assert figures[f"int8: first token of {what}, ms"] > 0
 
 
 def test_prompts_longer_than_2048_tokens(run):

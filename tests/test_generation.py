@@ -27,7 +27,7 @@ def decoder_of(llm, prompt_ids, count, seen):
     length = max(map(len, prompt_ids)) + count
     decoder = Decoder(llm.model, llm.engine, len(prompt_ids), length, pick)
     for slot, ids in enumerate(prompt_ids):
-        decoder.prefill(slot, ids, torch.zeros(count))
+        decoder.begin(slot, ids, torch.zeros(count))
     return decoder
 
 
@@ -74,7 +74,7 @@ def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
 
     decoder = decoder_of(llm, [one, two], 40, [])
     steps = [decoder.step()[0] for _ in range(10)]
-    decoder.prefill(0, new, torch.zeros(12))
+    decoder.begin(0, new, torch.zeros(12))
     steps += [decoder.step()[0] for _ in range(12)]
     ids = [list(column) for column in zip(*steps)]
     assert ids[0] == beside_two(one, 10)[0] + beside_two(new, 12)[0]
@@ -85,17 +85,22 @@ LIST = [*PROMPTS, "A fox", "Once", "The old king and his daughter", "An apple"]
 
 
 @pytest.fixture
-def prefills(monkeypatch):
-    """(slot, start, tokens) of each prefill, None for each step."""
+def passes(monkeypatch):
+    """[(slot, start, tokens), ...] of each pass of a prefill, None for each step."""
     seen, prefill, step = [], decode.TorchEngine.prefill, decode.TorchEngine.step
 
     def prefilled(self, tokens, spans):
-        seen.extend(spans)
+        assert len(tokens) == sum(count for _, _, count in spans) <= decode.PACK
+        seen.append(spans)
         return prefill(self, tokens, spans)
 
     monkeypatch.setattr(decode.TorchEngine, "prefill", prefilled)
     monkeypatch.setattr(decode.TorchEngine, "step", lambda *args: seen.append(None) or step(*args))
     return seen
+
+
+def spans(passes):
+    return [span for each in passes if each for span in each]
 
 
 @pytest.fixture
@@ -109,13 +114,13 @@ def slots(monkeypatch):
     return set_slots
 
 
-def test_slots_are_refilled_and_each_text_is_what_it_is_alone(demo_float, prefills, slots):
+def test_slots_are_refilled_and_each_text_is_what_it_is_alone(demo_float, passes, slots):
     """Each prompt comes into the slot that is free first, and the last row ends alone."""
     settings = {"max_gen_len": 40, "seed": 3, "stop": ["the", "."], "temperature": 1.2}
     slots(demo_float, 1)
     alone = demo_float.generate(LIST, **settings)
     slots(demo_float, 3)
-    prefills.clear()
+    passes.clear()
     results = list(demo_float.completions(LIST, Settings(**settings), logprobs=True))
     in_order = sorted(results, key=lambda result: result.index)
     assert [result.prompt + result.text for result in in_order] == alone
@@ -126,13 +131,13 @@ def test_slots_are_refilled_and_each_text_is_what_it_is_alone(demo_float, prefil
         assert result.finish_reason in ("stop", "length")
         assert len(result.tokens) == len(result.logprobs)
         assert 0 < result.seconds_to_first_token <= result.seconds
-    filled = [event[0] for event in prefills if event]
+    filled = [slot for slot, _, _ in spans(passes)]
     assert filled[:3] == [0, 1, 2] and len(filled) == len(LIST)
     ends, lengths = [0] * 3, [len(result.tokens) for result in in_order]
     for length in lengths:
         ends[ends.index(min(ends))] += length
     # A row whose end the host has just read is refilled at once: no step goes by without it.
-    assert prefills.count(None) == max(ends) - 1
+    assert passes.count(None) == max(ends) - 1
 
 
 def test_a_list_that_is_left_or_fails_lets_go_of_its_decoder(demo, monkeypatch):
@@ -152,32 +157,128 @@ STORY = "Once upon a time there was a king who had three sons, and the youngest 
 STORY += "simple, because he said little. One day the king called his sons and said: "
 
 
-def test_what_all_prompts_begin_with_is_prefilled_once(demo_float, prefills, slots, monkeypatch):
+def test_what_all_prompts_begin_with_is_prefilled_once(demo_float, passes, slots, monkeypatch):
     """With the texts of prompts that share nothing, in refilled slots too; skipping some changes
     nothing for the others."""
     prompts = [STORY + end for end in ("go", "sit down", "go and look for the fox", "eat")] * 2
     ids = encoded(demo_float, *prompts)
-    settings = Settings(12, seed=4)
+    settings = Settings(12, repetition_penalty=1.3, seed=4)
     slots(demo_float, 3)
     together = demo_float.complete(prompts, settings)
-    shared = prefills[0][2]
-    assert prefills[0] == (0, 0, shared) and shared >= 32
-    assert [e[1:] for e in prefills[1:] if e] == [(shared, len(row) - shared) for row in ids]
+    [(slot, start, shared)] = passes[0]
+    assert slot == start == 0 and shared >= 32
+    assert [span[1:] for span in spans(passes[1:])] == [(shared, len(row) - shared) for row in ids]
     steps = demo_float.steps(prompts, settings, skip={0, 1, 2, 4, 6})
     rest = {row.index: row.text for rows in steps for row in rows if row.finish_reason}
     assert rest == {place: together[place].text for place in (3, 5, 7)}
     monkeypatch.setattr(generation, "SHARED", 10**6)
-    prefills.clear()
+    passes.clear()
     apart = demo_float.complete(prompts, settings)
     assert [result.text for result in apart] == [result.text for result in together]
-    assert [event[1:] for event in prefills if event] == [(0, len(row)) for row in ids]
+    assert [span[1:] for span in spans(passes)] == [(0, len(row)) for row in ids]
 
 
-def test_n_continuations_take_one_prefill(demo_float, prefills):
+def test_n_continuations_take_one_prefill(demo_float, passes):
     texts = demo_float.generate([STORY] * 4, 12, seed=1)
     length = len(encoded(demo_float, STORY)[0])
-    assert [e[1:] for e in prefills if e] == [(0, length - 1)] + [(length - 1, 1)] * 4
+    assert passes[:2] == [[(0, 0, length - 1)], [(slot, length - 1, 1) for slot in range(4)]]
+    assert set(passes[2:]) == {None}
     assert len(set(texts)) == 4 and texts[0] == demo_float.generate([STORY], 12, seed=1)[0]
+
+
+@pytest.mark.parametrize("beginning", ["", STORY], ids=["", "shared"])
+def test_prompts_are_packed_and_cut_without_a_change(
+    demo_float, passes, slots, monkeypatch, beginning
+):
+    """Each text is what it is where all prompts fit in a pass, and each token is computed once."""
+    slots(demo_float, 3)
+    prompts, settings = [beginning + prompt for prompt in (*LIST, STORY)], Settings(12, seed=4)
+    expected = [result.text for result in demo_float.complete(prompts, settings)]
+    tokens = sum(count for _, _, count in spans(passes))
+    for pack in (20, 8):
+        passes.clear()
+        monkeypatch.setattr(decode, "PACK", pack)
+        assert [result.text for result in demo_float.complete(prompts, settings)] == expected
+        assert sum(count for _, _, count in spans(passes)) == tokens
+        assert (pack, 1) in {(count, len(each)) for each in passes if each for *_, count in each}
+        assert pack == 8 or max(len(each) for each in passes if each) > 1
+
+
+@torch.inference_mode()
+def test_running_rows_wait_for_one_pass_between_two_steps(demo_float, passes, monkeypatch):
+    """Of a long prompt, which takes three, or of short ones; and the first row is not disturbed."""
+    prompts = encoded(demo_float, "The king", PROMPTS[2], "A fox", "Once")
+    assert [*map(len, prompts)] == [3, 21, 3, 2]
+    decoder = decoder_of(demo_float, prompts, 12, [])
+    expected = [*zip(*(decoder.step()[0] for _ in range(12)))]
+    monkeypatch.setattr(decode, "PACK", 8)
+    decoder, drawn = Decoder(demo_float.model, "triton", 4, 40, decoder.pick), [[], [], [], []]
+    passes.clear()
+    for slots in ([0], [1, 2, 3], *[[]] * 10):
+        for slot in slots:
+            decoder.begin(slot, prompts[slot], torch.zeros(12))
+        newest, *_ = decoder.step()
+        for slot in {*range(4)} - {*decoder.queue} if len(passes) > 1 else [0]:
+            drawn[slot].append(newest[slot])
+    of_long = [[(1, 0, 8)], None, [(1, 8, 8)], None, [(1, 16, 5), (2, 0, 3)]]
+    assert passes == [[(0, 0, 3)], None, *of_long, None, [(3, 0, 2)], *[None] * 7]
+    assert [*map(len, drawn)] == [12, 9, 9, 8]
+    assert all(ids == list(of[: len(ids)]) for ids, of in zip(drawn, expected))
+
+
+def tokens_of(decoder, slots):
+    """The first 20 tokens of each slot."""
+    tokens = [[] for _ in range(slots)]
+    while min(map(len, tokens)) < 20:
+        newest, *_ = decoder.step()
+        for slot in {*range(slots)} - {*decoder.queue}:
+            tokens[slot].append(newest[slot])
+    return [ids[:20] for ids in tokens]
+
+
+@torch.inference_mode()
+def test_steps_of_others_leave_what_is_shared(demo_float):
+    [ids] = encoded(demo_float, STORY)
+    shared, likely = len(ids) - 1, lambda logits, *_: logits.argmax(-1)
+    decoder = Decoder(demo_float.model, "triton", 2, 60, likely)
+    decoder.share(ids[:shared])
+    decoder.begin(0, ids, torch.zeros(9), shared)
+    for _ in range(9):
+        decoder.step()
+    for cache in (decoder.engine.cache.k, decoder.engine.cache.v):
+        assert torch.equal(cache[:, 0, :shared], cache[:, 1, :shared])
+    assert decoder.cached(1, ids) == shared
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "layers, cached",
+    [(2, [0, 0, 0]), (10, [2, 0, 0]), (27, [2, 8, 0]), (37, [2, 16, 0]), (44, [2, 16, 0])],
+)
+def test_after_ctrl_c_it_is_known_what_is_cached(demo_float, monkeypatch, layers, cached):
+    """In a pass or a step, one of a long prompt, one of two; each slot goes on from it."""
+    monkeypatch.setattr(decode, "PACK", 8)
+    prompts = encoded(demo_float, "The king", PROMPTS[2], "A fox")
+    decoder = decoder_of(demo_float, prompts, 40, [])
+    Layer, calls = type(demo_float.model.layers[0]), []
+    forward = Layer.forward
+
+    def interrupted(layer, *args):
+        calls.append(layer)
+        if len(calls) == layers:
+            raise KeyboardInterrupt
+        return forward(layer, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Layer, "forward", interrupted)
+        while True:
+            decoder.step()
+    found = [decoder.cached(slot, ids) for slot, ids in enumerate(prompts)]
+    assert found == cached
+    fresh = tokens_of(decoder_of(demo_float, prompts, 40, []), len(prompts))
+    for slot, (ids, start) in enumerate(zip(prompts, found)):
+        decoder.begin(slot, ids, torch.zeros(40), start)
+    assert tokens_of(decoder, len(prompts)) == fresh
 
 
 def test_fewer_slots_where_memory_is_short(demo, monkeypatch):
@@ -266,8 +367,8 @@ def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatc
             logits = demo_float.model.output(demo_float.model.features(torch.tensor([row])))[0]
         every = logits.double().log_softmax(-1)
         expected.append([every[i, token].item() for i, token in enumerate(row[1:])])
-    for positions in (256, 3):
-        monkeypatch.setattr(generation, "POSITIONS", positions)
+    for pack in (512, 3):
+        monkeypatch.setattr(decode, "PACK", pack)
         scores = demo_float.score(PROMPTS)
         assert [len(s) for s in scores] == [len(row) - 1 for row in ids]
         for got, want in zip(scores, expected):
@@ -298,14 +399,10 @@ class Scripted(torch.nn.Module):
         self.scripts, self.vocab_size, self.calls = scripts, vocab_size, 0
 
     def forward(self, x):
-        prefill, rows = self.calls < len(self.scripts), range(len(x))
-        step = 0 if prefill else self.calls - len(self.scripts) + 1
-        if prefill:
-            rows = [self.calls]
-        self.calls += 1
         logits = torch.zeros(len(x), self.vocab_size)
-        for i, row in enumerate(rows):
-            logits[i, self.scripts[row][min(step, len(self.scripts[row]) - 1)]] = 9
+        for row, script in enumerate(self.scripts):
+            logits[row, script[min(self.calls, len(script) - 1)]] = 9
+        self.calls += 1
         return logits
 
 
@@ -334,8 +431,8 @@ def test_a_row_stops_at_eos_and_the_call_when_all_have(demo, script):
         "The fox was \N{FOX FACE}日本.",
         "The king and his queen lived long ago, they say.",
     ]
-    # A prefill for each prompt, then one step for each token up to the longer row's end.
-    assert demo.model.output.calls == 2 + max(map(len, scripts)) - 1
+    # One prefill for both, then one step for each token up to the longer row's end.
+    assert demo.model.output.calls == max(map(len, scripts))
 
 
 def test_prompt_as_long_as_max_seq_len_gets_no_continuation(make_folder):
