@@ -253,7 +253,8 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
 def storage(
     kind: str, dtype: torch.dtype, key: str, _device, size: int, records: dict, path: Path
 ) -> Storage:
-    if [type(x) for x in (kind, dtype, key, size)] != [str, torch.dtype, str, int]:
+    types = [type(x) for x in (kind, dtype, key, size)]
+    if types != [str, torch.dtype, str, int] or kind != "storage":
         raise ValueError(OTHER)
     offset, entry = records.get(f"data/{key}", (0, None))
     if entry is None or entry.file_size != size * dtype.itemsize:
