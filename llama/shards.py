@@ -278,6 +278,12 @@ def view(
     return tensor
 
 
+def parameter(tensor: Piece, _grad, _hooks) -> Piece:
+    if type(tensor) is not Piece:
+        raise ValueError(OTHER)
+    return tensor
+
+
 # What a list of tensors may name, and what stands for it here: nothing of torch's is called.
 GLOBALS = {
     "torch HalfStorage": torch.float16,
@@ -291,7 +297,7 @@ GLOBALS = {
     "torch BoolStorage": torch.bool,
     "collections OrderedDict": lambda: OrderedDict(),
     "torch._utils _rebuild_tensor_v2": view,
-    "torch._utils _rebuild_parameter": lambda tensor, grad, hooks: tensor,
+    "torch._utils _rebuild_parameter": parameter,
 }
 
 
