@@ -230,7 +230,7 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
                 target, *items = taken
                 if not all(type(name) is str for name in items[::2]):
                     raise ValueError(OTHER)
-                target.update(zip(items[::2], items[1::2]))
+                target.update(zip(items[::2], items[1::2], strict=True))
                 stack.append(target)
             case "BINPERSID":
                 stack.append(storage(*taken[0], records, path))
