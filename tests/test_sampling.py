@@ -97,7 +97,7 @@ def test_rows_that_are_not_finite_are_marked_alone(bad):
 def test_which_gpus_have_a_kernel(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_kernel(torch.device("cuda:0")) == (capability >= (8, 0))
-    assert not has_kernel(torch.device("cpu"))
+    assert not has_kernel(torch.device("cpu")) and not has_kernel(torch.device("mps"))
     monkeypatch.setattr(sampling, "find_spec", lambda name: None)
     assert not has_kernel(torch.device("cuda"))
 
