@@ -42,7 +42,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         super().__init__(
             in_features, out_features, bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD
         )
-        self.requires_grad_(False).eval()
+        self.eval()
 
     def set(self, CB: Tensor, SCB: Tensor) -> None:
         """CB int8 (out, in), SCB float32 (out,), on the device where the layer is to work."""

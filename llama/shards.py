@@ -13,6 +13,7 @@ import pickletools
 import threading
 import zipfile
 import zlib
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,6 +113,10 @@ class Piece:
             ) from None
 
 
+class Storage(Piece):
+    """All numbers of a record in one row: what tensors are views of."""
+
+
 def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
     """File name -> its tensors, none of them read yet."""
     names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
@@ -192,22 +197,20 @@ def content(file: io.BufferedReader, offset: int, entry: zipfile.ZipInfo) -> byt
 def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
     """The tensors that a pickle lists, made of strings, numbers, tuples and dicts. The type of a
     value is checked first: to hash, compare or print a tuple of tuples can take forever."""
-    stack, memo, mark = [], {}, pickletools.markobject
+    stack, outer, memo, mark = [], [], {}, pickletools.markobject  # outer: stacks below marks
     for operation, argument, _ in pickletools.genops(code):
         before, taken = operation.stack_before, []
         if mark in before:
-            while (value := stack.pop()) is not mark:
-                taken.append(value)
+            taken, stack = stack, outer.pop()
             before = before[: before.index(mark)]
-        taken += [stack.pop() for _ in before]
-        taken.reverse()
+        taken = [stack.pop() for _ in before][::-1] + taken
         match operation.name:
-            case "PROTO":
+            case "PROTO" if argument <= 5:
                 pass
             case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
                 stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":  # nothing depends on them
-                stack.append(None)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append(operation.name == "NEWTRUE" or None)
             case "GLOBAL":
                 if argument not in GLOBALS:
                     raise ValueError(f"it names {argument}, which was not run")
@@ -217,7 +220,8 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "MARK":
-                stack.append(mark)
+                outer.append(stack)
+                stack = []
             case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(taken))
             case "EMPTY_DICT":
@@ -226,7 +230,7 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
                 target, *items = taken
                 if not all(type(name) is str for name in items[::2]):
                     raise ValueError(OTHER)
-                target.update(zip(items[::2], items[1::2]))
+                target.update(zip(items[::2], items[1::2], strict=True))
                 stack.append(target)
             case "BINPERSID":
                 stack.append(storage(*taken[0], records, path))
@@ -234,37 +238,49 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
                 function, arguments = taken
                 stack.append(function(*arguments))  # of GLOBALS: nothing else can be called
             case "BUILD":  # attributes of an OrderedDict, as a module's state_dict() has them
+                if [type(x) for x in taken] != [OrderedDict, dict]:
+                    raise ValueError(OTHER)
                 stack.append(taken[0])
             case "STOP":
                 [tensors] = taken
             case other:
                 raise ValueError(f"it holds the pickle operation {other}, which was not run")
-    if type(tensors) is not dict or not all(type(x) is Piece for x in tensors.values()):
+    if not isinstance(tensors, dict) or not all(type(x) is Piece for x in tensors.values()):
         raise ValueError(OTHER)
     return tensors
 
 
-def storage(_kind, dtype: torch.dtype, key: str, _device, size: int, records: dict, path: Path):
-    """A storage, all its numbers in one row."""
-    if [type(x) for x in (dtype, key, size)] != [torch.dtype, str, int]:
+def storage(
+    kind: str, dtype: torch.dtype, key: str, _device, size: int, records: dict, path: Path
+) -> Storage:
+    types = [type(x) for x in (kind, dtype, key, size)]
+    if types != [str, torch.dtype, str, int] or kind != "storage":
         raise ValueError(OTHER)
     offset, entry = records.get(f"data/{key}", (0, None))
     if entry is None or entry.file_size != size * dtype.itemsize:
         raise ValueError(f"no record is its storage {key}")
-    return Piece(path, offset, dtype, (size,), (1,))
+    return Storage(path, offset, dtype, (size,), (1,))
 
 
-def view(storage: Piece, first: int, shape: tuple, stride: tuple, _grad, _hooks, bits=None):
+def view(
+    storage: Storage, first: int, shape: tuple, stride: tuple, _grad, _hooks, bits=None
+) -> Piece:
     """A tensor in a storage, as torch._utils._rebuild_tensor_v2 makes it."""
-    if bits or [type(x) for x in (storage, shape, stride)] != [Piece, tuple, tuple]:
+    if bits or [type(x) for x in (storage, shape, stride)] != [Storage, tuple, tuple]:
         raise ValueError(OTHER)
     numbers = all(type(n) is int and 0 <= n < 2**48 for n in (first, *shape, *stride))
     if not numbers or not len(shape) == len(stride) <= MOST_DIMENSIONS:
         raise ValueError("a tensor's shape is not one that a model has")
     offset = storage.offset + first * storage.dtype.itemsize
-    tensor = replace(storage, offset=offset, shape=shape, stride=stride)
+    tensor = Piece(storage.path, offset, storage.dtype, shape, stride)
     if first + tensor.span > storage.span or tensor.span > LARGEST_SPAN * math.prod(shape):
         raise ValueError("a tensor is not within its storage, or spread over far more than itself")
+    return tensor
+
+
+def parameter(tensor: Piece, _grad, _hooks) -> Piece:
+    if type(tensor) is not Piece:
+        raise ValueError(OTHER)
     return tensor
 
 
@@ -279,9 +295,9 @@ GLOBALS = {
     "torch IntStorage": torch.int32,
     "torch LongStorage": torch.int64,
     "torch BoolStorage": torch.bool,
-    "collections OrderedDict": lambda: {},
+    "collections OrderedDict": lambda: OrderedDict(),
     "torch._utils _rebuild_tensor_v2": view,
-    "torch._utils _rebuild_parameter": lambda tensor, grad, hooks: tensor,
+    "torch._utils _rebuild_parameter": parameter,
 }
 
 

@@ -476,7 +476,7 @@ INT8 = {
     f"{WQ}.SCB in {SHARD} {NOT_OURS}": {
         "scale NaN": value(torch.nan, f"{WQ}.SCB"),
         "scale negative": value(-1e-8, f"{WQ}.SCB"),
-        "scale beyond fp16": value(65505, f"{WQ}.SCB"),
+        "scale beyond fp16": value(65504.004, f"{WQ}.SCB"),
     },
     f"{W2}.weight in {SHARD} {NOT_OURS}": {"code -128": value(-128, f"{W2}.weight")},
     f"ffn_norm.weight in {SHARD} {NOT_FINITE}": {

@@ -5,8 +5,8 @@ import random
 import pytest
 from conftest import DEMO
 
-from llama import Tokenizer
-from llama.continuation import Continuation
+from llama import Tokenizer, continuation
+from llama.continuation import Completion, Continuation
 
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
 PROMPTS = ["", "Once upon a time", "A\N{FOX FACE}", " ", "日本 "]
@@ -53,6 +53,21 @@ def test_a_character_comes_whole_and_at_once():
 def test_broken_characters_are_not_held_for_ever():
     read, _ = pieces("A", [3 + 0xF0, 3 + 0x9F] * 100)
     assert len(read) > 90 and "".join(read) == "\N{REPLACEMENT CHARACTER}" * 200
+
+
+def test_what_came_of_a_prompt(monkeypatch):
+    """The clock begins with its turn."""
+    clock = iter([1.0, 3.0, 5.51234567, 9.12345])
+    monkeypatch.setattr(continuation.time, "perf_counter", lambda: next(clock))
+    row = Continuation(TOKENIZER, [1], 2, [])
+    row.begin()
+    ids = [3 + ord("A"), 3 + ord("B")]
+    for id in ids:
+        row.add(id, -0.5)
+    completion = row.completion()
+    assert completion == Completion(0, "", "AB", ids, "length", 6.1235, 2.5123, [-0.5, -0.5])
+    with pytest.raises(AttributeError):
+        completion.text = ""
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from llama import ModelArgs, Transformer
-from llama.int8 import Int8Linear, quantize
+from llama.int8 import Int8Linear, check_saved, quantize
 
 
 def matrix(rows=150, columns=96, dtype=torch.float16):
@@ -51,6 +51,12 @@ def test_values_that_fp16_does_not_hold_are_refused(value):
         ours(w)
 
 
+def test_what_quantize_may_make_is_accepted():
+    check_saved(torch.tensor([0, 65504.0]))
+    check_saved(torch.tensor([-127, 127], dtype=torch.int8))
+    check_saved(torch.tensor([3, 3], dtype=torch.int8))
+
+
 def test_product_is_that_of_the_dequantized_matrix():
     layer = Int8Linear(96, 150)
     CB, SCB = ours(matrix())
@@ -83,6 +89,7 @@ def test_state_dict_has_bitsandbytes_names_and_types_even_in_another_type():
         state = model[0].state_dict()
         assert set(state) == {"weight", "SCB", "weight_format"}
         assert state["weight"].dtype == model[0].state.CB.dtype == torch.int8
+        assert not model[0].weight.has_fp16_weights and not model[0].weight.requires_grad
         assert state["SCB"].dtype == model[0].state.SCB.dtype == torch.float32
         model.half()
     model[0].set(model[0].state.CB.to("meta"), model[0].state.SCB)  # codes that went ahead

@@ -109,14 +109,16 @@ def test_an_error_that_was_there_before_keeps_its_frames():
         assert error.__traceback__.tb_next.tb_frame.f_locals == {"mine": "kept"}
 
 
-def test_matrices_stored_otherwise(make_folder):
-    """Views that torch.save keeps as they are: of a transposed matrix, and of a wider one."""
-    folder, _, _ = make_folder(1)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_matrices_stored_otherwise(make_folder, dtype):
+    """Views that torch.save keeps as they are: of transposed matrices, and of a wider one."""
+    folder, _, _ = make_folder(1, dtype)
     expected = logits(folder)
     path = folder / "consolidated.00.pth"
     shard = torch.load(path)
     wk, w2 = "layers.0.attention.wk.weight", "layers.1.feed_forward.w2.weight"
-    shard[wk] = shard[wk].T.contiguous().T
+    for name in (wk, "tok_embeddings.weight"):
+        shard[name] = shard[name].T.contiguous().T
     shard[w2] = torch.cat([shard[w2], shard[w2]], 1)[:, : shard[w2].shape[1]]
     assert not shard[wk].is_contiguous() and not shard[w2].is_contiguous()
     torch.save(shard, path)

@@ -3,6 +3,7 @@ with threads that call it at once."""
 
 import gc
 import itertools
+import json
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ import time
 import pytest
 import soak
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, ROOT
 
 from llama import LLaMA, generation
 from llama.device import use_cores
@@ -88,6 +89,48 @@ def test_ctrl_c_at_50_moments_leaves_a_model_usable(make_folder, device):
             process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "usable\n", process.stderr.read()
         assert process.wait(30) == 0
+
+
+def killed_job(folder, prompts, kills):
+    """Continues so many prompts, killed so many times; whether each result is there once, as from a
+    run that nobody disturbed."""
+    chance, words = random.Random(1), soak.WORDS
+    lines = [" ".join(chance.choices(words, k=1 + i % 9)) for i in range(prompts)]
+    (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "llama", "--prompt_file=p.jsonl", "--device=cpu", "--seed=1"]
+    command += ["--max_gen_len=6", "--max_batch_size=8"]
+    options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    options |= {"stderr": subprocess.DEVNULL}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    subprocess.run([*command, "--resume=whole"], check=True, **options)
+
+    killed = folder / "killed"
+    killed.touch()
+    for least in sorted(chance.choices(range(prompts * 9 // 10), k=kills)):
+        with subprocess.Popen([*command, "--resume=killed"], **options) as process:
+            if killed.read_bytes().count(b"\n") > least:  # early, before its first result perhaps
+                time.sleep(chance.random() * 5)
+            while killed.read_bytes().count(b"\n") <= least:
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(chance.random() * 0.1)
+            process.send_signal(chance.choice([signal.SIGKILL, signal.SIGINT]))
+            assert process.wait(30) in (-signal.SIGKILL, 130)
+    subprocess.run([*command, "--resume=killed"], check=True, **options)
+
+    def results(name):
+        found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for result in found:
+            del result["seconds"], result["seconds_to_first_token"]
+        return sorted(found, key=lambda result: result["index"])
+
+    return [result["prompt"] for result in results("whole")] == lines and (
+        results("killed") == results("whole")
+    )
+
+
+def test_a_job_that_is_killed_again_and_again_has_every_result_once(tmp_path):
+    assert killed_job(tmp_path, 200, 4)
 
 
 @pytest.mark.parametrize("step", [1, 2, 8])

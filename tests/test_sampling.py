@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llama import Settings
-from llama.sampling import NOT_FINITE, next_token, penalize
+from llama import Settings, sampling
+from llama.sampling import NOT_FINITE, has_kernel, next_token, penalize
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
@@ -57,6 +57,12 @@ def test_cuts_keep_what_their_formulas_say(cuts, kept):
     assert torch.allclose(draw(PROBABILITIES.log(), **cuts), expected / expected.sum(), atol=3e-4)
 
 
+def test_of_equal_tokens_those_of_the_lowest_ids_are_kept():
+    """And a sum that is top_p exactly is enough."""
+    for cuts in ({"top_p": 0.5}, {"top_k": 2}):
+        assert draw(torch.ones(4), **cuts).tolist() == [0.5, 0.5, 0, 0]
+
+
 def test_min_p_is_of_the_probabilities_after_temperature():
     """Squared, 0.3 is no longer 0.6 of 0.4, but 0.5625."""
     for min_p, kept in ((0.6, 1), (0.55, 2)):
@@ -65,10 +71,10 @@ def test_min_p_is_of_the_probabilities_after_temperature():
 
 
 def test_temperature_0_and_nearly_0_are_greedy():
-    logits = torch.tensor([[1.0, 5.0, 2.0], [300.0, -400.0, 299.0]])
+    logits = torch.tensor([[1.0, 5.0, 2.0], [300.0, -400.0, 299.0], [1e30, 2e30, -1e30]])
     for temperature in (0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-20):  # float32 takes some for 0
         settings = Settings(temperature=temperature, top_p=0.9)
-        assert sample(logits, torch.tensor([0.999, 0.5]), settings).tolist() == [1, 0]
+        assert sample(logits, torch.tensor([0.999, 0.5, 0]), settings).tolist() == [1, 0, 1]
 
 
 def test_ends_of_the_uniform_numbers_pick_possible_tokens():
@@ -84,7 +90,16 @@ def test_rows_that_are_not_finite_are_marked_alone(bad):
     logits[1, 7] = bad
     for temperature in (0, 0.8):
         tokens = sample(logits, torch.full((3,), 0.5), Settings(temperature=temperature))
-        assert tokens[1] == NOT_FINITE and (tokens[[0, 2]] >= 0).all()
+        assert tokens[1] == NOT_FINITE < 0 and (tokens[[0, 2]] >= 0).all()
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)], ids=str)
+def test_which_gpus_have_a_kernel(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_kernel(torch.device("cuda:0")) == (capability >= (8, 0))
+    assert not has_kernel(torch.device("cpu")) and not has_kernel(torch.device("mps"))
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    assert not has_kernel(torch.device("cuda"))
 
 
 def slow_penalty(logits, history, penalty, window, slope):

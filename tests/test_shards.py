@@ -4,12 +4,13 @@ itself takes for something else read right or refused?"""
 import io
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 
 import pytest
 import torch
 
-from llama.shards import Buffer, open_shard
+from llama.shards import Buffer, open_shard, some_of
 
 
 def read(path):
@@ -49,7 +50,7 @@ GOOD = {
         for dtype in (torch.half, torch.bfloat16, torch.float, torch.double, torch.int8)
         + (torch.uint8, torch.bool, torch.int, torch.long)
     },
-    "shapes": lambda: {str(shape): numbers(*shape) for shape in [(), (0,), (3, 0), (1, 1), (7,)]},
+    "shapes": lambda: {str(shape): numbers(*shape) for shape in [(), (0,), (3, 0), (7,), (1,) * 8]},
     "views": some_views,
     "expanded": lambda: {"x": numbers(1, 3).expand(4, 3), "y": numbers(1, 3)[:, :0]},
     "a state_dict": lambda: torch.nn.Sequential(torch.nn.Linear(3, 4)).state_dict(),
@@ -69,10 +70,11 @@ def test_rows_are_those_of_the_tensor(tmp_path):
     x = numbers(10, 6)
     torch.save({"x": x, "turned": numbers(6, 10).T}, tmp_path / "x.pth")
     for name, tensor in torch.load(tmp_path / "x.pth").items():
-        parts = [
-            part.read(Buffer()).clone() for part in open_shard(tmp_path / "x.pth")[name].split(4)
-        ]
-        assert [len(part) for part in parts] == [4, 4, 2] and torch.equal(torch.cat(parts), tensor)
+        piece = open_shard(tmp_path / "x.pth")[name]
+        assert (piece.nbytes, piece.span) == (240, 60)
+        parts = [part.read(Buffer()).clone() for part in piece.split(3)]
+        assert [len(part) for part in parts] == [3, 3, 3, 1]
+        assert torch.equal(torch.cat(parts), tensor)
 
 
 def zipped(records):
@@ -90,6 +92,37 @@ def with_record(name, content, first=False):
         return zipped([*more, *records] if first else [*records, *more])
 
     return forge
+
+
+def with_list(change):
+    """Another list of tensors, as change(code) gives it."""
+
+    def forge(records):
+        return zipped([(n, change(c) if n.endswith("data.pkl") else c) for n, c in records])
+
+    return forge
+
+
+def with_method(records):
+    """Records that say they are deflated, and as long as they are."""
+    good = zipped(records)
+    for head in (b"PK\3\4\x14\0\0\0", b"PK\1\2\x14\3\x14\0\0\0"):
+        good = good.replace(head + b"\0\0", head + b"\x08\0")
+    return good
+
+
+def with_sum(other):
+    """Another sum for the list of tensors."""
+
+    def forge(records):
+        [code] = [content for name, content in records if name.endswith("data.pkl")]
+        return zipped(records).replace(struct.pack("<I", zlib.crc32(code)), other)
+
+    return forge
+
+
+def storage_alone(code):
+    return b"\x80\2}X\1\0\0\0a" + code[code.index(b"((") + 1 : code.index(b"Q") + 1] + b"s."
 
 
 def second_directory(records):
@@ -119,6 +152,19 @@ FORGED = {
     "a second list in capitals": (with_record("x/DATA.PKL", b"\x80\2}."), False),
     "a second list behind NUL": (with_record("x/data.pkl%y", b"\x80\2}."), True),
     "a second storage": (with_record("x/data/0", bytes(24)), False),
+    "other values for a tensor": (with_list(lambda code: code.replace(b"u.", b"}bu.")), False),
+    "a tensor of other bits": (
+        with_list(lambda code: code.replace(b"q\x0bt", b"q\x0b\x88t")),
+        False,
+    ),
+    "a storage for a tensor": (with_list(storage_alone), False),
+    "another kind of storage": (
+        with_list(lambda code: code.replace(b"storage", b"stories")),
+        False,
+    ),
+    "a method": (with_method, False),
+    "a sum, too low": (with_sum(b"\1\0\0\0"), False),
+    "a sum, too high": (with_sum(b"\xff\xff\xff\xff"), False),
     "a second directory": (second_directory, None),  # newer Pythons refuse it
 }
 
@@ -140,6 +186,10 @@ def test_forged(name, tmp_path):
     else:
         assert is_read is not False
         assert_equal(found, tensors)
+
+
+def test_of_many_names_three_are_shown():
+    assert some_of([*"abc"]) == "a, b, c" and some_of([*"abcde"]) == "a, b, c and 2 more"
 
 
 @pytest.mark.parametrize("bits", ["negative", "conjugate"])
