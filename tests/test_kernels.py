@@ -214,7 +214,8 @@ def rows(M, D, before, outliers):
     if before == "rms_norm":
         weight[columns] = 16
     else:
-        x[:, columns] = (x[:, columns] * 20).copysign(x[:, columns])
+        x[:, columns] = x[:, columns].abs() * 20 + 10
+        x[:, -D:][:, columns] += x[:, -D:][:, columns].sign()
     x[M // 2] = 0
     return (x if before == "rms_norm" else x.half()), weight
 
