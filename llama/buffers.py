@@ -13,7 +13,6 @@ Pair = tuple[Tensor, Tensor]
 # 18 ms for 512, as long as two or three of their steps, and 11 to 13 for 128, bound by launches.
 PACK = 512
 MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
-BLOCK_N = 64  # outputs a program of it, when there are several rows
 MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
 LIST_ROWS = 128  # of a prompt that share a list of columns in `llm_int8`
 
@@ -35,11 +34,9 @@ class DecodeBuffers:
 
     def __init__(self, args: ModelArgs, B: int, device: torch.device):
         single = {"dtype": torch.float32, "device": device}
-        width = (args.n_heads + 2 * args.kv_heads) * args.head_dim
-        self.qkv = torch.empty(B, width, **single)
+        self.q = torch.empty(B, args.dim, dtype=torch.float16, device=device)
         self.hidden = torch.empty(B, args.hidden_dim, **single)
         self.logits = torch.empty(B, args.vocab_size, **single)
-        self.linear = linear_buffers(max(args.vocab_size, width, args.hidden_dim, args.dim), device)
         self.attend = attend_buffers(B, args.n_heads, args.kv_heads, args.head_dim, device)
 
 
@@ -53,15 +50,6 @@ def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
     step, unit = (torch.empty(M, dtype=torch.float32, device=device) for _ in range(2))
     lists = (blocks, D), (blocks, D), (blocks, 2)
     return A, CA, step, unit, *(torch.zeros(s, dtype=torch.int32, device=device) for s in lists)
-
-
-def linear_buffers(N: int, device: torch.device) -> Pair:
-    """For `few_rows.linear` with up to N outputs (a "swiglu" layer has half its weight's rows): the
-    sums of the quarters of the columns, and how many programs have arrived."""
-    tiles = -(-N // BLOCK_N)
-    sums = tiles * BLOCK_N * MOST_ROWS * 2 * 4  # 2: both halves of "swiglu"
-    partial = torch.zeros(sums, dtype=torch.float32, device=device)
-    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 def attend_buffers(B: int, H: int, Hkv: int, K: int, device: torch.device) -> Pair:

@@ -63,25 +63,23 @@ class FusedEngine:
     def head(self, features: Tensor) -> Tensor:
         """Float32 logits (T, V) of what follows each of some tokens."""
         logits = torch.empty(len(features), self.model.args.vocab_size, device=features.device)
-        self._linear(normalized(features, self.model.norm), self.output, logits, "store")
+        linear(normalized(features, self.model.norm), self.output, logits, "store")
         return logits
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) float32, always one tensor, that follow tokens (B,) at positions (B,)."""
         model, buffers = self.model, self.buffers
         residual = model.tok_embeddings.weight[tokens].float()
-        caches = self.cache.k, self.cache.v
+        angles, caches = model.rotation[positions], (self.cache.k, self.cache.v)
         for layer, (wqkv, wo, w1w3, w2), *cache in zip(model.layers, self.layers, *caches):
-            self._linear(normalized(residual, layer.attention_norm), wqkv, buffers.qkv, "store")
-            heads = attend_one(buffers.qkv, cache, positions, model.rotation, buffers.attend)
-            self._linear(heads, wo, residual, "add")
-            self._linear(normalized(residual, layer.ffn_norm), w1w3, buffers.hidden, "swiglu")
-            self._linear(split(buffers.hidden), w2, residual, "add")
-        self._linear(normalized(residual, model.norm), self.output, buffers.logits, "store")
+            x = normalized(residual, layer.attention_norm)
+            linear(x, wqkv, buffers.q, "rotate", (cache, positions, angles))
+            x = attend_one(buffers.q, cache, positions, buffers.attend)
+            linear(x, wo, residual, "add")
+            linear(normalized(residual, layer.ffn_norm), w1w3, buffers.hidden, "swiglu")
+            linear(split(buffers.hidden), w2, residual, "add")
+        linear(normalized(residual, model.norm), self.output, buffers.logits, "store")
         return buffers.logits
-
-    def _linear(self, x: Pair, weights: Pair, out: Tensor, then: str) -> None:
-        linear(x, weights, out, then, self.buffers.linear)
 
 
 def normalized(x: Tensor, norm: RMSNorm) -> Pair:

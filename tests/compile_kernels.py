@@ -23,11 +23,12 @@ def types(text):
     return dict(argument.split(": ") for argument in text.split(", "))
 
 
-LINEAR = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, partial: *fp32")
-LINEAR |= types("arrivals: *i32, B: i32, N: i32")
+LINEAR = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, k_cache: *fp16")
+LINEAR |= types("v_cache: *fp16, positions: *i64, angles: *fp32, S: i32, EACH: i32, B: i32")
+LINEAR |= types("N: i32")
 SPLIT = types("x: *fp32, gain: *fp16, eps: fp32, digits: *i8, scales: *fp32")
-ATTEND = types("qkv: *fp32, k_cache: *fp16, v_cache: *fp16, positions: *i64, rotation: *fp32")
-ATTEND |= types("partial: *fp32, arrivals: *i32, digits: *i8, scales: *fp32, S: i32, scale: fp32")
+ATTEND = types("queries: *fp16, k_cache: *fp16, v_cache: *fp16, positions: *i64, partial: *fp32")
+ATTEND |= types("arrivals: *i32, digits: *i8, scales: *fp32, S: i32, EACH: i32")
 ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, places: *i32, rotation: *fp32, T: i32")
 ROTATE |= types("S: i32")
 PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
@@ -43,12 +44,15 @@ SAMPLING |= types("top_p: fp32, top_k: i32, last: i32")
 def cases():
     """(kernel, types of its arguments, constants, launch options)"""
     words = LINEAR | {"digits": "*i32", "CB": "*i32"}
-    options = {"num_warps": few_rows.WARPS, "num_stages": few_rows.STAGES}
-    for D, then in ((5120, "swiglu"), (13824, "add")):
-        constants = {"D": D, "GROUP": few_rows.GROUP, "THEN": then, "DP4A": True}
-        yield few_rows.one_row_kernel, words, constants | {"ROWS": few_rows.ROWS}, options
-        constants |= {"BLOCK_B": 32, "BLOCK_N": few_rows.BLOCK_N}
-        yield few_rows.few_rows_kernel, LINEAR, constants, options
+    for D, then in ((5120, "swiglu"), (13824, "add"), (5120, "rotate")):
+        constants = {"D": D, "GROUP": few_rows.GROUP, "THEN": then, "HKV": 40, "K": 128}
+        constants |= {"ROWS": few_rows.ROWS, "DP4A": True}
+        yield few_rows.one_row_kernel, words, constants, {"num_warps": few_rows.WARPS}
+        for B in (8, 32):
+            block_n, stages = few_rows.tile_of(B, then)
+            options = {"num_warps": few_rows.WARPS, "num_stages": stages}
+            sizes = {"BLOCK_B": B, "BLOCK_N": block_n}
+            yield few_rows.few_rows_kernel, LINEAR, constants | sizes, options
     constants = {name: getattr(few_rows, name) for name in ("TILE", "GROUP", "DIGITS")}
     constants |= {"D": 5120, "TILES": 5, "NORM": True}
     yield few_rows.split_kernel, SPLIT, constants, {"num_warps": 4}

@@ -13,7 +13,7 @@ from conftest import ROOT, python
 
 pytest.importorskip("triton", reason="needs triton")
 from llama import Settings  # noqa: E402
-from llama.buffers import LIST_ROWS, attend_buffers, linear_buffers, quant_buffers  # noqa: E402
+from llama.buffers import LIST_ROWS, attend_buffers, quant_buffers  # noqa: E402
 from llama.kernels import (
     attention,
     few_rows,
@@ -70,9 +70,7 @@ def check_linear(B, D, N, then, group=few_rows.GROUP):
     n = N // 2 if then == "swiglu" else N
     ours = random(B, n) if then == "add" else poisoned(B, n)
     theirs = ours.double()
-    parts = linear_buffers(n, ours.device)
-    for _ in range(1 if then == "add" else 2):  # the counts must be ready for the next time
-        few_rows.linear(x, (CB, SCB), ours, then, parts)
+    few_rows.linear(x, (CB, SCB), ours, then)
     few_rows.linear_torch(x, (CB, SCB), theirs, then)
     if then == "swiglu":
         assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-4)
@@ -118,11 +116,11 @@ def test_twins_can_differ(B):
 def test_a_row_has_the_same_bits_in_any_company(D, N, then):
     """Alone it goes through dp4a, beside others through tensor cores; one digit off shows."""
     x, CB, SCB, ours = check_linear(17, D, N, then)
-    parts, start = linear_buffers(N, ours.device), random(17, ours.shape[1])
+    start = random(17, ours.shape[1])
 
     def product(rows):
         out = start[rows].clone()
-        few_rows.linear([part[rows].contiguous() for part in x], (CB, SCB), out, then, parts)
+        few_rows.linear([part[rows].contiguous() for part in x], (CB, SCB), out, then)
         return out
 
     together = product(range(17))
@@ -130,6 +128,41 @@ def test_a_row_has_the_same_bits_in_any_company(D, N, then):
         assert torch.equal(product(rows), together[rows])
     x[0][3, 1, 7] += 1
     assert not torch.equal(product([3]), together[[3]])
+
+
+def check_heads(x, weights, slots, S, H, Hkv, K, rows=slice(None)):
+    """Queries (B, H K) and caches; positions are the rows' numbers."""
+    x = [part[rows].contiguous() for part in x]
+    B = len(x[0])
+    positions = torch.arange(17, device=DEVICE)[rows] % S
+    ours, theirs = (torch.full((B, H * K), torch.nan, device=DEVICE).half() for _ in range(2))
+    caches = [torch.zeros(slots, S, Hkv, K, device=DEVICE).half() for _ in range(2)]
+    twins = [cache.clone() for cache in caches]
+    angles = rotation_of(S, K)[positions]
+    few_rows.linear(x, weights, ours, "rotate", (caches, positions, angles))
+    few_rows.linear_torch(x, weights, theirs, "rotate", (twins, positions, angles))
+    for mine, other in zip((ours, *caches), (theirs, *twins)):
+        assert torch.allclose(mine, other, rtol=2**-10, atol=2e-3)
+        assert other.count_nonzero() >= other[0].numel() // S / 2
+    return ours, *caches
+
+
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("K", [16, 64])
+def test_queries_and_keys_are_rotated_and_stored(H, Hkv, K):
+    """The same bits whether a row is alone, has a slot of its own or shares one."""
+    D, S = 256, 20
+    x, weights = few_rows.split_torch(random(17, D)), matrix(D, (H + 2 * Hkv) * K)
+    q, keys, values = check_heads(x, weights, 17, S, H, Hkv, K)
+    for rows in ([3], [16]):
+        own_q, own_keys, own_values = check_heads(x, weights, 1, S, H, Hkv, K, rows)
+        assert torch.equal(own_q[0], q[rows[0]])
+        assert torch.equal(own_keys[0, rows], keys[rows, rows])
+        assert torch.equal(own_values[0, rows], values[rows, rows])
+    shared_q, shared_keys, _ = check_heads(x, weights, 2, S, H, Hkv, K, range(16))
+    assert torch.equal(shared_q, q[:16])
+    assert torch.equal(shared_keys[0, :8], keys[range(8), range(8)])
+    assert torch.equal(shared_keys[1, 8:16], keys[range(8, 16), range(8, 16)])
 
 
 @pytest.mark.parametrize("B, D, norm", [(1, 64, False), (3, 1300, True), (9, 2048, True)])
@@ -156,26 +189,22 @@ def rotation_of(T, K):
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
-def check_attend(positions, S, H, Hkv, K):
+def check_attend(positions, S, H, Hkv, K, slots=None):
     B = len(positions)
-    qkv = random(B, (H + 2 * Hkv) * K)
-    caches = [random(B, S, Hkv, K, dtype=torch.float16) for _ in range(2)]
-    for b, position in enumerate(positions):  # what no token has written must not be looked at
-        for cache in caches:
-            cache[b, position:] = torch.nan
-    twins = [cache.clone() for cache in caches]
-    rotation = rotation_of(S, K)
+    q = (random(B, H * K) * K**-0.5).half()
+    caches = [random(slots or B, S, Hkv, K, dtype=torch.float16) for _ in range(2)]
     positions = torch.tensor(positions, device=DEVICE)
-    splits = attend_buffers(B, H, Hkv, K, qkv.device)
+    for slot, last in enumerate(positions.view(slots or B, -1).amax(1)):
+        for cache in caches:  # what no token has written must not be looked at
+            cache[slot, last + 1 :] = torch.nan
+    splits = attend_buffers(B, H, Hkv, K, q.device)
     for _ in range(2):  # the count of arrivals must be ready for the next time
-        ours = few_rows.joined(attention.attend(qkv, caches, positions, rotation, splits))
-    theirs = few_rows.joined(attention.attend_torch(qkv, twins, positions, rotation))
+        ours = few_rows.joined(attention.attend(q, caches, positions, splits))
+    theirs = few_rows.joined(attention.attend_torch(q, caches, positions))
     assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
-    for cache, twin in zip(caches, twins):
-        assert torch.allclose(cache, twin, rtol=2**-10, atol=1e-6, equal_nan=True)
     # One token left out of 64 shifts the mean by its share.
     if positions.min() > 0:
-        wrong = few_rows.joined(attention.attend_torch(qkv, twins, positions - 1, rotation))
+        wrong = few_rows.joined(attention.attend_torch(q, caches, positions - 1))
         assert (wrong - theirs).abs().max() > 4e-3 * theirs.abs().max()
     return ours
 
@@ -186,6 +215,10 @@ def check_attend(positions, S, H, Hkv, K):
 @pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 1)])
 def test_attend(positions, S, H, Hkv):
     check_attend(positions, S, H, Hkv, 16)
+
+
+def test_rows_of_one_slot_attend_each_to_what_is_before_it():
+    check_attend([5, 6, 7, 70], 80, 4, 2, 16, slots=1)
 
 
 def test_a_row_attends_alike_whatever_runs_beside_it(monkeypatch):
@@ -374,8 +407,7 @@ def test_error_is_at_most_that_of_bitsandbytes(D, N, then):
     A = room[0]
     prefill, decode = (torch.zeros(M, N, device=DEVICE) for M in (256, 8))
     llm_int8.mixed_scaled_mm(*codes, (CB, SCB), prefill, "add")
-    parts = linear_buffers(N, x.device)
-    few_rows.linear(few_rows.split(A[:8].float()), (CB, SCB), decode, "store", parts)
+    few_rows.linear(few_rows.split(A[:8].float()), (CB, SCB), decode, "store")
     stock = Int8Linear(D, N)
     stock.set(CB, SCB)
     exact = A.double() @ (CB.double() * (SCB.double() / 127)[:, None]).T

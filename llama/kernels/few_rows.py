@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llama.buffers import BLOCK_N, MOST_ROWS, Pair
+from llama import model
+from llama.buffers import MOST_ROWS, Pair
 from llama.kernels.launch import dependent
 
 TILE = 1024  # columns that a program of split() takes
@@ -22,20 +23,31 @@ DIGITS = 32512  # the largest value of two digits: 256 x 127
 # Outputs a program for one row. The four matrices of a layer of 13B took 111 us, where a plain sum
 # takes 104; 1 row and 2 warps: 114, 4 rows: 141 (H100, 2026-11-26).
 ROWS = 2
-# For 8 and 32 rows they took 132 and 151 us; 3 stages: 133 and 150, 6: 131 and 155; twice as many
-# outputs a program: 133 and 161. Weights requested before the wait, here, brought nothing.
-STAGES = 4
 WARPS = 4
 Norm = tuple[Tensor, float] | None  # of an RMSNorm: its weight (D,) fp16 and epsilon
+Heads = tuple[Pair, Tensor, Tensor]  # caches, positions and angles of linear()
 
 
-def linear_torch(x: Pair, weights: Pair, out: Tensor, then: str, buffers=None) -> None:
+def linear_torch(x: Pair, weights: Pair, out: Tensor, then: str, heads=None) -> None:
     CB, SCB = weights
     y = joined(x).double() @ (CB.double() * (SCB / 127)[:, None]).T
     if then == "swiglu":
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
+    if then == "rotate":
+        y = store_heads_torch(y, heads)
     out.copy_(y + out if then == "add" else y)
+
+
+def store_heads_torch(y: Tensor, heads: Heads) -> Tensor:
+    caches, positions, angles = heads
+    slots, _, Hkv, K = caches[0].shape
+    rows = torch.arange(len(y), device=y.device) // (len(y) // slots)
+    q, k, v = y.view(len(y), 1, -1, K).split([y.shape[1] // K - 2 * Hkv, Hkv, Hkv], 2)
+    q, k = (model.rotate(x, angles[:, None]) for x in (q, k))
+    for cache, new in zip(caches, (k, v)):
+        cache[rows, positions] = new[:, 0].to(cache.dtype)
+    return q.flatten(1) * K**-0.5
 
 
 def joined(x: Pair) -> Tensor:
@@ -161,7 +173,8 @@ def quarters(y, R: tl.constexpr):
 
 @triton.jit
 def one_row_kernel(
-    digits, scales, CB, SCB, out, N, D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    digits, scales, CB, SCB, out, k_cache, v_cache, positions, angles, S, N,
+    D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr,
     THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program computes ROWS outputs; it requests their weights, all of them, before the wait.
@@ -171,8 +184,6 @@ def one_row_kernel(
     STEP: tl.constexpr = GROUP // 4
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
-    if PDL:
-        gdc_launch_dependents()
     quarter, words = tl.arange(0, 4), tl.arange(0, STEP)
     words = (quarter[:, None] * (QUARTER * STEP) + words[None, :])[None]
     row = CB + (tl.minimum(n, N - 1).to(tl.int64) * END)[:, None, None]
@@ -181,7 +192,12 @@ def one_row_kernel(
     if THEN == "swiglu":
         up_tiles = requested(row + tl.cast(N, tl.int64) * END, words, STEP, QUARTER, END)
         up = tl.zeros((ROWS, 4), tl.float32)
+    if THEN == "rotate":
+        b = tl.arange(0, 1)
+        position = tl.load(positions + b)
+        cos, sin = turn(angles, n, ROWS, b, b == 0, K)
     if PDL:
+        gdc_launch_dependents()  # not before its own requests: 1 % of a step
         gdc_wait()
     for i in tl.static_range(QUARTER):
         word = words + i * STEP
@@ -198,105 +214,166 @@ def one_row_kernel(
     if THEN == "swiglu":
         up = quarters(up, ROWS) * (tl.load(SCB + N + n, there, 0) / 127)
         y = y * tl.sigmoid(y) * up
+    if THEN == "rotate":
+        place = position * HKV * K
+        store_heads(y[:, None], n, b, place, cos, sin, out, k_cache, v_cache, N, b == 0, HKV, K)
+        return
     if THEN == "add":
         y += tl.load(out + n, there)
     tl.store(out + n, y, there)
 
 
 @triton.jit
+def turn(angles, n, N: tl.constexpr, b, there, K: tl.constexpr):
+    """cos and sin (N / 2, B) that rotate each two of outputs n (N,) of rows b (B,)."""
+    pair, _ = tl.split(tl.reshape(n % K, (N // 2, 2)))
+    at = angles + b[None, :] * K + pair[:, None]
+    return tl.load(at, there[None, :], 0), tl.load(at + 1, there[None, :], 0)
+
+
+@triton.jit
+def store_heads(
+    y, n, b, place, cos, sin, q, k_cache, v_cache, N, there, HKV: tl.constexpr, K: tl.constexpr
+):
+    """Rotates outputs n of queries and keys y (n, b), and stores them: queries scaled, keys and
+    values at their place (b,) in the caches."""
+    SIZE: tl.constexpr = y.shape[0]
+    B: tl.constexpr = y.shape[1]
+    even, odd = tl.split(tl.permute(tl.reshape(y, (SIZE // 2, 2, B)), (0, 2, 1)))
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)  # (SIZE / 2, B, 2)
+    turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (SIZE, B))
+    queries = N - 2 * HKV * K
+    n, there = n[:, None], (n < N)[:, None] & there[None, :]
+    tl.store(q + b[None, :] * queries + n, turned * K**-0.5, there & (n < queries))
+    at = place[None, :] + n - queries
+    tl.store(k_cache + at, turned, there & (n >= queries) & (n < queries + HKV * K))
+    tl.store(v_cache + at - HKV * K, y, there & (n >= queries + HKV * K))
+
+
+@triton.jit
 def group_products(w, x, scale):
-    """w (N, GROUP) times the two rows of digits that x (2 B, GROUP) has for each: (N, B)."""
-    whole = tl.dot(w, tl.trans(x), out_dtype=tl.int32)
-    high, low = tl.split(tl.reshape(whole, (whole.shape[0], whole.shape[1] // 2, 2)))
-    return (high * 256 + low).to(tl.float32) * scale[None, :]
+    """w (4, N, GROUP) times the two rows of digits that x (4, 2 B, GROUP) has for each group of
+    columns: (4, N, B)."""
+    whole = tl.dot(w, tl.permute(x, (0, 2, 1)), out_dtype=tl.int32)
+    high, low = tl.split(tl.reshape(whole, (4, whole.shape[1], whole.shape[2] // 2, 2)))
+    return (high * 256 + low).to(tl.float32) * scale[:, None, :]
+
+
+@triton.jit
+def sum_of_quarters(y, scale):
+    """The sum of y (4, N, B) over its quarters, scaled by output: (N, B)."""
+    y = tl.reshape(y, (2, 2, y.shape[1], y.shape[2]))
+    a, b = tl.split(tl.permute(y, (2, 3, 0, 1)))
+    a, b = tl.split(a + b)
+    return (a + b) * scale[:, None]
 
 
 @triton.jit
 def few_rows_kernel(
-    digits, scales, CB, SCB, out, partial, arrivals, B, N,
+    digits, scales, CB, SCB, out, k_cache, v_cache, positions, angles, S, EACH, B, N,
     D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    THEN: tl.constexpr, PDL: tl.constexpr,
+    HKV: tl.constexpr, K: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums a quarter of the columns for BLOCK_N outputs of all rows."""
-    tile, quarter = tl.program_id(0), tl.program_id(1)
-    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch, pairs = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B)
+    """Each program computes BLOCK_N outputs of all rows; each warp takes a quarter of the columns,
+    if there are four."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b, pairs, quarter = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B), tl.arange(0, 4)
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
-    SIZE: tl.constexpr = BLOCK_N * BLOCK_B
     if PDL:
         gdc_launch_dependents()
-    first = quarter * QUARTER
-    columns = (first * GROUP + tl.arange(0, GROUP))[None, :]
-    weights = CB + tl.minimum(outputs, N - 1)[:, None].to(tl.int64) * D + columns
-    x = digits + pairs[:, None] * D + columns
-    known = (pairs < 2 * B)[:, None]
-    y = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+    g = quarter * QUARTER
+    columns = (g[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[:, None, :]
+    weights = CB + tl.minimum(n, N - 1)[None, :, None].to(tl.int64) * D + columns
+    x = digits + pairs[None, :, None] * D + columns
+    known, there = (pairs < 2 * B)[None, :, None], n < N
+    y = tl.zeros((4, BLOCK_N, BLOCK_B), tl.float32)
     up = tl.zeros_like(y)
+    if THEN == "rotate":
+        position = tl.load(positions + b, b < B, 0)
+        cos, sin = turn(angles, n, BLOCK_N, b, b < B, K)
     if PDL:
+        if D % 16 == 0 and D - 3 * QUARTER * GROUP >= 256:
+            i = tl.arange(0, 4 * BLOCK_N)
+            row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 4, N - 1)
+            prefetch(CB + row.to(tl.int64) * D + i % 4 * (QUARTER * GROUP))
         gdc_wait()
     for i in range(0, QUARTER):
         at = i * GROUP
         inside = (columns + at < D) | (4 * QUARTER * GROUP == D)
         some = tl.load(x + at, known & inside, 0)
-        g = tl.where(batch < B, first + i, GROUPS)
-        scale = tl.load(scales + batch * GROUPS + g, g < GROUPS, 0)
+        known_scale = (b < B)[None, :] & (g + i < GROUPS)[:, None]
+        scale = tl.load(scales + b[None, :] * GROUPS + (g + i)[:, None], known_scale, 0)
         y += group_products(tl.load(weights + at, inside, 0), some, scale)
         if THEN == "swiglu":
             up_tile = tl.load(weights + tl.cast(N, tl.int64) * D + at, inside, 0)
             up += group_products(up_tile, some, scale)
 
-    # Four quarters, each of both halves of "swiglu"; the last program to arrive adds them.
-    parts = partial + tile * 8 * SIZE + tl.arange(0, BLOCK_N)[:, None] * BLOCK_B + batch[None, :]
-    tl.store(parts + quarter * 2 * SIZE, y)
+    y = sum_of_quarters(y, tl.load(SCB + n, there, 0) / 127)
     if THEN == "swiglu":
-        tl.store(parts + quarter * 2 * SIZE + SIZE, up)
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals + tile, 1) == 3:
-        tl.store(arrivals + tile, 0)
-        there = outputs < N
-        y = sum_of_quarters(parts, SIZE) * (tl.load(SCB + outputs, there, 0) / 127)[:, None]
-        if THEN == "swiglu":
-            up_scale = tl.load(SCB + N + outputs, there, 0) / 127
-            up = sum_of_quarters(parts + SIZE, SIZE) * up_scale[:, None]
-            y = y * tl.sigmoid(y) * up
-        there = there[:, None] & (batch < B)[None, :]
-        target = out + batch[None, :] * N + outputs[:, None]
-        if THEN == "add":
-            y += tl.load(target, mask=there, other=0)
-        tl.store(target, y, mask=there)
+        up = sum_of_quarters(up, tl.load(SCB + N + n, there, 0) / 127)
+        y = y * tl.sigmoid(y) * up
+    if THEN == "rotate":
+        place = (b // EACH * S + position) * HKV * K
+        store_heads(y, n, b, place, cos, sin, out, k_cache, v_cache, N, b < B, HKV, K)
+        return
+    there = there[:, None] & (b < B)[None, :]
+    target = out + b[None, :] * N + n[:, None]
+    if THEN == "add":
+        y += tl.load(target, mask=there, other=0)
+    tl.store(target, y, mask=there)
 
 
 @triton.jit
-def sum_of_quarters(first, SIZE: tl.constexpr):
-    a = tl.load(first, cache_modifier=".cg") + tl.load(first + 2 * SIZE, cache_modifier=".cg")
-    third = tl.load(first + 4 * SIZE, cache_modifier=".cg")
-    return a + (third + tl.load(first + 6 * SIZE, cache_modifier=".cg"))
+def prefetch(rows):
+    """Requests 256 bytes from each of some addresses into L2. For 8 rows a step of 13B took 6.00
+    ms, and 6.09 without (H100, 2026-11-27)."""
+    tl.inline_asm_elementwise(
+        "{ .reg .u64 a; cvta.to.global.u64 a, $1;"
+        " cp.async.bulk.prefetch.L2.global [a], 256; mov.u32 $0, 0; }",
+        "=r,l", [rows], tl.int32, False, 1,
+    )  # fmt: skip
 
 
-def linear(x: Pair, weights: Pair, out: Tensor, then: str, buffers: Pair) -> None:
+def linear(x: Pair, weights: Pair, out: Tensor, then: str, heads: Heads | None = None) -> None:
     """Multiplies x, from split() or attend(), by int8 weights CB (N, D) with scales SCB (N,); more
     than 32 rows read the weights again for each 32. `then` says what becomes of the product y:
     "store" puts it into out (B, N), "add" adds it, "swiglu" puts silu(y's first half) * its second
-    half into out (B, N / 2) float32. `buffers` are linear_buffers(). A row's result is the same bit
+    half into out (B, N / 2) float32. "rotate" is for queries, keys and values side by side, N =
+    (H + 2 Hkv) K: queries are rotated and go, times K^-1/2, into out (B, H K) fp16, rotated keys
+    and values into caches (slots, S, Hkv, K) fp16 at `positions` (B,), by whose `angles` (B, K/2,
+    2) float32 they are rotated; B / slots rows share a slot. A row's result is the same bit
     for bit whatever the number of rows is."""
     (digits, scales), (CB, SCB) = x, weights
-    (B, _, D), N = digits.shape, out.shape[1]
+    (B, _, D), N = digits.shape, len(CB) // (2 if then == "swiglu" else 1)
+    caches, positions, angles = heads or ((None, None), None, None)
+    slots, S, Hkv, K = caches[0].shape if heads else (1, 0, 0, 0)
     if B > MOST_ROWS:
-        rows = zip(*(tensor.split(MOST_ROWS) for tensor in x), strict=True)
-        for some, into in zip(rows, out.split(MOST_ROWS)):
-            linear(some, weights, into, then, buffers)
+        for first in range(0, B, MOST_ROWS):
+            rows, some = slice(first, first + MOST_ROWS), heads
+            if heads:
+                of = slice(first * slots // B, (first + MOST_ROWS) * slots // B)
+                some = [cache[of] for cache in caches], positions[rows], angles[rows]
+            linear((digits[rows], scales[rows]), weights, out[rows], then, some)
         return
     group = triton.next_power_of_2(triton.cdiv(D, scales.shape[1]))
-    options = {**dependent(out), "enable_fp_fusion": False}
+    options = {**dependent(out), "enable_fp_fusion": False, "num_warps": WARPS}
+    target = out, *caches, positions, angles, S
     if B == 1:
         words = digits.view(torch.int32), scales, CB.view(torch.int32), SCB
         one_row_kernel[(triton.cdiv(N, ROWS),)](
-            *words, out, N, D, group, ROWS, then, out.is_cuda, **options, num_warps=WARPS
+            *words, *target, N, D, group, ROWS, Hkv, K, then, out.is_cuda, **options
         )
         return
-    few_rows_kernel[(triton.cdiv(N, BLOCK_N), 4)](
-        digits, scales, CB, SCB, out, *buffers, B, N, D, group,
-        max(8, triton.next_power_of_2(B)), BLOCK_N, then, **options, num_warps=WARPS,
-        num_stages=STAGES,
+    block_n, stages = tile_of(B, then)
+    few_rows_kernel[(triton.cdiv(N, block_n),)](
+        digits, scales, CB, SCB, *target, B // slots, B, N, D, group,
+        max(8, triton.next_power_of_2(B)), block_n, Hkv, K, then, **options, num_stages=stages,
     )  # fmt: skip
+
+
+def tile_of(B: int, then: str) -> tuple[int, int]:
+    """Outputs a program, and stages of its loads. With 8, 16 and 32 rows a step of 13B took 5.92,
+    6.60 and 8.05 ms after 128 tokens; with 32 outputs 6.08 for 8 rows, with 16 6.90 for 16 rows,
+    with 32 in "swiglu" 8.23 for 32 rows (H100, 2026-11-27). It must fit in 99 KiB."""
+    return 16 if B <= 8 or then == "swiglu" else 32, 3 if B > 16 else 4
