@@ -28,11 +28,12 @@ from torch import nn
 from llama.cli import run
 from llama.continuation import Continuation
 from llama.decode import Decoder, in_passes, make_engine
-from llama.generation import DEMO, LLaMA
+from llama.generation import LLaMA
 from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
 from llama.model import Transformer, rotation_table
-from llama.room import GIB, cache_bytes, check_room, weight_bytes
+from llama.params import DEMO
+from llama.room import GIB, cache_bytes, check_cache, check_room, weight_bytes
 from llama.settings import Settings, check
 from llama.tokenizer import Tokenizer
 
@@ -142,7 +143,7 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
     def pick(logits, *_):
         return logits[:, 3:].argmax(-1) + 3  # never the end-of-text token
 
-    llm.check_room(batch, context + new)
+    check_cache(llm.model, batch, context + new)
     decoder = Decoder(llm.model, llm.engine, batch, context + new, pick)
     for slot in range(batch):
         ids = torch.randint(3, llm.model.args.vocab_size, (context,)).tolist()

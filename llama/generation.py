@@ -8,13 +8,10 @@ they take turns, a step at a time.
 """
 
 import os
-import sys
 import threading
-import traceback
 import warnings
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -27,14 +24,13 @@ from llama import checkpoint, room
 from llama.chat import conversation, stripped
 from llama.continuation import Completion, Continuation, completions, pieces
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
-from llama.device import pick_device, pick_engine, use_cores
+from llama.device import at_work, forgetting, pick_device, pick_engine
 from llama.model import Transformer
-from llama.params import read_model
+from llama.params import model_folder, read_model
 from llama.sampling import NOT_FINITE, next_token
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode
 
-DEMO = Path(__file__).parent / "demo"
 SHARED = 32  # tokens that all prompts begin with, from which on they are prefilled apart, once
 # Weights below which one core of a CPU is as fast as several, and several are slowed down by any
 # other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
@@ -93,11 +89,10 @@ class LLaMA:
             checkpoint.verify(folder)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = pick_engine(target, args.head_dim)
-        before = sys.exc_info()[1]
         try:
-            model = checkpoint.load(folder, args, target, use_int8)
+            with forgetting():
+                model = checkpoint.load(folder, args, target, use_int8)
         except BaseException as error:
-            forget(error, before)
             torch.cuda.empty_cache()  # does nothing where CUDA was not started
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -148,7 +143,7 @@ class LLaMA:
         """
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
-        results = in_order(completions(self.steps(prompts, settings)))
+        results = sorted(completions(self.steps(prompts, settings)), key=attrgetter("index"))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         return [text + result.text for text, result in zip(texts, results)]
 
@@ -158,7 +153,8 @@ class LLaMA:
         """What came of each prompt, in order: texts, token ids, why they ended and how long they
         took. Settings has the arguments of `generate`, whose errors these are. With logprobs they
         have those of their tokens, as the model gave them, before temperature and penalty."""
-        return in_order(completions(self.steps(prompts, settings, logprobs)))
+        results = completions(self.steps(prompts, settings, logprobs))
+        return sorted(results, key=attrgetter("index"))
 
     def completions(
         self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
@@ -259,7 +255,8 @@ class LLaMA:
             return
         # The whole list decides these, so that what is skipped changes no number.
         length = max(len(row.prompt_ids) + row.limit for row in rows)
-        slots = 1 if kept else self._slots(len(rows), length)
+        with self._turn():
+            slots = 1 if kept else room.slots_that_fit(self.model, len(rows), length)
         shared = common_beginning([row.prompt_ids for row in rows])
         going: dict[int, Continuation] = {}  # by slot
         decoder = kept
@@ -288,32 +285,10 @@ class LLaMA:
                     yield [going[slot] for slot in begun]
                 going = {slot: row for slot, row in going.items() if row.finish_reason is None}
         except torch.OutOfMemoryError:
-            raise self._too_big(slots, length) from None
+            raise room.too_big(self.model, slots, length) from None
         finally:
             if decoder is not kept:
                 decoder.close()
-
-    def _slots(self, sequences: int, length: int) -> int:
-        """How many sequences of this length are continued at once: max_batch_size, or as many as
-        fit, with a warning; 1 if none does, which `decoder` refuses."""
-        dtype, free = self.model.tok_embeddings.weight.dtype, room.free_bytes(self._device)
-        wanted = min(sequences, self.model.args.max_batch_size)
-
-        def taken(slots: int) -> int:
-            need = room.need(self.model, slots, length, dtype)
-            return need.cache + need.work
-
-        with self._turn():
-            fit = wanted
-            if taken(wanted) > free:
-                fit = bisect_right(range(1, wanted), free, key=taken)
-        if 0 < fit < wanted:
-            warnings.warn(
-                f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
-                f"{self._device} has {free / room.GIB:.1f} GiB free: {fit} at a time are continued",
-                stacklevel=2,
-            )
-        return max(fit, 1)
 
     def decoder(
         self, slots: int, length: int, settings: Settings, logprobs: bool = False
@@ -322,10 +297,10 @@ class LLaMA:
         pick = partial(next_token, settings=settings)
         try:
             with self._turn():
-                self.check_room(slots, length)
+                room.check_cache(self.model, slots, length)
                 return Decoder(self.model, self.engine, slots, length, pick, logprobs)
         except torch.OutOfMemoryError:
-            raise self._too_big(slots, length) from None
+            raise room.too_big(self.model, slots, length) from None
 
     def score(self, texts: list[str]) -> list[list[float]]:
         """The log-probability of each token of each text: one for each of
@@ -375,46 +350,9 @@ class LLaMA:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One thread's turn at the model: on its device (torch and Triton by themselves would work
-        on cuda:0), and exact, though the program around it may be in an autocast."""
-        device = self._device
-        on_device = torch.accelerator.device_index(device.index)  # does nothing on the CPU
-        exact = torch.autocast(device.type, enabled=False)
-        before = sys.exc_info()[1]
-        with self._lock, on_device, exact, torch.inference_mode():
-            cores = use_cores(self._cores or torch.get_num_threads())
-            try:
-                yield
-            except BaseException as error:
-                forget(error, before)
-                raise
-            finally:
-                use_cores(cores)
-
-    def check_room(self, sequences: int, length: int) -> None:
-        """MemoryError unless keys and values of so many sequences of this length fit."""
-        args, weight = self.model.args, self.model.tok_embeddings.weight
-        if room.cache_bytes(args, sequences, length, weight.dtype) > room.free_bytes(weight.device):
-            raise self._too_big(sequences, length)
-
-    def _too_big(self, sequences: int, length: int) -> MemoryError:
-        args, weight = self.model.args, self.model.tok_embeddings.weight
-        need = room.cache_bytes(args, sequences, length, weight.dtype) / room.GIB
-        free = room.free_bytes(weight.device) / room.GIB
-        return MemoryError(
-            f"{sequences} x {length} tokens need {need:.1f} GiB for keys and values and some for "
-            f"work, {weight.device} has {free:.1f} GiB free: lower --max_batch_size or "
-            "--max_gen_len"
-        )
-
-
-def forget(error: BaseException | None, before: BaseException | None) -> None:
-    """Clears the variables of the frames that an error came through: IPython keeps the last
-    exception, and they would keep the weights or the KV cache in memory. What was already being
-    handled `before` stays as it is."""
-    while error and error is not before:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+        """One thread's turn at the model."""
+        with self._lock, at_work(self._device, self._cores), forgetting():
+            yield
 
 
 def check_prompts(
@@ -424,25 +362,9 @@ def check_prompts(
     max_seq_len: int = 512,
 ) -> None:
     """Raises what `generate` would raise for these prompts, without loading any weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `build` will give them
-        folder = model_folder(ckpt_dir)
-        args, tokenizer = read_model(folder, tokenizer_path, max_seq_len=max_seq_len)
+    folder = model_folder(ckpt_dir)
+    args, tokenizer = read_model(folder, tokenizer_path, max_seq_len=max_seq_len)
     encode(prompts, tokenizer, args.max_seq_len)
-
-
-def model_folder(ckpt_dir: str | Path | None) -> Path:
-    if ckpt_dir is None:
-        return DEMO
-    if not (ckpt_dir and isinstance(ckpt_dir, str | Path)):
-        raise ValueError(
-            f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
-        )
-    return Path(os.path.expanduser(ckpt_dir))
-
-
-def in_order(results: Iterable[Completion]) -> list[Completion]:
-    return sorted(results, key=attrgetter("index"))
 
 
 def common_beginning(prompts: list[list[int]]) -> list[int]:

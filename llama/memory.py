@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from llama.cli import run
-from llama.generation import model_folder
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
-from llama.params import model_args, read_model
+from llama.params import model_args, model_folder, read_model
 from llama.room import GIB, free_bytes, need
 
 GROUPED = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "norm_eps": 1e-5}

@@ -1,6 +1,7 @@
 """Reads what model a folder holds: `params.json` and the tokenizer, checked."""
 
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from llama.settings import check_fields
 from llama.shards import one_line, some_of
 from llama.tokenizer import Tokenizer, read_bytes
 
+DEMO = Path(__file__).parent / "demo"
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
 LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
 OTHER_FORMATS = {".safetensors": "safetensors, as Hugging Face has them", ".gguf": "a GGUF file"}
@@ -29,6 +31,17 @@ RANGES = {
     "rope_theta": (float, 100, 1e12),
 }
 LIMITS = {"max_batch_size": (int, 1, 2**20), "max_seq_len": (int, 1, 2**20)}
+
+
+def model_folder(ckpt_dir: str | Path | None) -> Path:
+    """The folder that a user names; that of the demo model if none is."""
+    if ckpt_dir is None:
+        return DEMO
+    if not (ckpt_dir and isinstance(ckpt_dir, str | Path)):
+        raise ValueError(
+            f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
+        )
+    return Path(os.path.expanduser(ckpt_dir))
 
 
 def read_model(

@@ -7,6 +7,7 @@ counts are those of torch's pool, which is what the driver sees; CUDA's own cont
 
 import sys
 import warnings
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,26 +91,56 @@ def pooled(count: int) -> int:
 
 
 def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """MemoryError unless the model and one sequence of max_seq_len fit on the device; a warning if
-    max_batch_size sequences do not."""
-    args, free = model.args, free_bytes(device)
-    one = need(model, 1, args.max_seq_len, dtype)
+    """MemoryError unless the model and one sequence of max_seq_len fit on the device."""
+    length, free = model.args.max_seq_len, free_bytes(device)
+    one = need(model, 1, length, dtype)
     if one.total > free:
         raise MemoryError(
             f"the model needs {one.weights / GIB:.1f} GiB for weights and "
-            f"{(one.total - one.weights) / GIB:.1f} GiB for one sequence of max_seq_len = "
-            f"{args.max_seq_len} tokens, but {device} has {free / GIB:.1f} GiB free: lower "
-            "--max_seq_len, keep --use_int8=True, or take a smaller model"
+            f"{(one.total - one.weights) / GIB:.1f} GiB for one sequence of max_seq_len = {length} "
+            f"tokens, but {device} has {free / GIB:.1f} GiB free: lower --max_seq_len, keep "
+            "--use_int8=True, or take a smaller model"
         )
-    every = need(model, args.max_batch_size, args.max_seq_len, dtype)
-    if every.total > free:
+
+
+def slots_that_fit(model: Transformer, sequences: int, length: int) -> int:
+    """How many of some sequences of this length a loaded model continues at once: max_batch_size,
+    or as many as fit, with a warning; 1 if none does, which `check_cache` refuses."""
+    weight, wanted = model.tok_embeddings.weight, min(sequences, model.args.max_batch_size)
+    free = free_bytes(weight.device)
+
+    def taken(slots: int) -> int:
+        needed = need(model, slots, length, weight.dtype)
+        return needed.cache + needed.work
+
+    if taken(wanted) <= free:
+        return wanted
+    fit = bisect_right(range(1, wanted), free, key=taken)
+    if fit:
         warnings.warn(
-            f"{args.max_batch_size} sequences of {args.max_seq_len} tokens need "
-            f"{(every.total - every.weights) / GIB:.1f} GiB, {device} has "
-            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: fewer will be "
-            "continued at once (see python -m llama.memory)",
-            stacklevel=5,  # of whoever called LLaMA.build
+            f"{wanted} sequences of {length} tokens need {taken(wanted) / GIB:.1f} GiB, "
+            f"{weight.device} has {free / GIB:.1f} GiB free: {fit} at a time are continued",
+            stacklevel=2,
         )
+    return max(fit, 1)
+
+
+def check_cache(model: Transformer, sequences: int, length: int) -> None:
+    """MemoryError unless keys and values of so many sequences fit beside a loaded model."""
+    weight = model.tok_embeddings.weight
+    if cache_bytes(model.args, sequences, length, weight.dtype) > free_bytes(weight.device):
+        raise too_big(model, sequences, length)
+
+
+def too_big(model: Transformer, sequences: int, length: int) -> MemoryError:
+    """The error of sequences that do not fit, or did not when they were computed."""
+    weight = model.tok_embeddings.weight
+    needed = cache_bytes(model.args, sequences, length, weight.dtype) / GIB
+    return MemoryError(
+        f"{sequences} x {length} tokens need {needed:.1f} GiB for keys and values and some for "
+        f"work, {weight.device} has {free_bytes(weight.device) / GIB:.1f} GiB free: lower "
+        "--max_batch_size or --max_gen_len"
+    )
 
 
 def free_bytes(device: torch.device) -> int:
