@@ -97,7 +97,7 @@ def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
     return results, done
 
 
-def answer(
+def continue_prompts(
     llm: LLaMA,
     records: list[dict],
     settings: Settings,
@@ -106,31 +106,32 @@ def answer(
     results: TextIO | None = None,
     done: Container[int] = (),
 ) -> None:
-    """Continues the prompts of records but for those at places `done`. Prints a single text as it
-    grows, of several each as soon as it and those before it have ended; a line of JSON, to a file
-    of results if there is one, as soon as its own has. Timing goes to stderr."""
+    """Continues the prompts of records, except those at places `done`. Prints a single text as it
+    grows, of several each as soon as it and those before it have ended. Lines of JSON come as soon
+    as their own has, and go to a file of results if there is one. Timing goes to stderr."""
     prompts = [record["prompt"] for record in records]
     json = json or results is not None
-    stream, texts, shown = len(prompts) == 1 and not json, {}, 0
+    single, texts, shown = len(prompts) == 1 and not json, {}, 0
     prompt_tokens = new = first = 0
     started = time.perf_counter()
-    if stream:
+    if single:
         print(printable(prompts[0]), end="", flush=True)
     total, before = len(prompts), sum(place in done for place in range(len(prompts)))
     with tqdm(total=total, initial=before, unit="prompt", disable=total == 1) as bar:
-        for rows in llm.steps(prompts, settings, logprobs, skip=done):
-            first = first or rows[0].seconds_to_first_token
-            new += sum(row.limit > 0 for row in rows)
-            if stream:
-                print(printable(rows[0].read()), end="", flush=True)
-            ended = [row for row in rows if row.finish_reason]
-            for row in ended:
-                prompt_tokens += len(row.prompt_ids)
+        for requests in llm.steps(prompts, settings, logprobs, skip=done):
+            first = first or requests[0].seconds_to_first_token
+            new += sum(request.limit > 0 for request in requests)
+            if single:
+                print(printable(requests[0].read()), end="", flush=True)
+            ended = [request for request in requests if request.finish_reason]
+            for request in ended:
+                prompt_tokens += len(request.prompt_ids)
+                index = request.index
                 if json:
-                    result = {"index": row.index} | records[row.index] | asdict(row.completion())
-                    tqdm.write(dumps(result), file=results or sys.stdout)
-                elif not stream:
-                    texts[row.index] = printable(row.prompt + row.text)
+                    line = {"index": index} | records[index] | asdict(request.completion())
+                    tqdm.write(dumps(line), file=results or sys.stdout)
+                elif not single:
+                    texts[index] = printable(request.prompt + request.text)
             while shown in texts:
                 tqdm.write(f"{texts.pop(shown)}\n\n==================================\n")
                 shown += 1
@@ -139,7 +140,7 @@ def answer(
                 took = time.perf_counter() - started
                 bar.set_postfix_str(f"{new / took:.1f} tokens/s", refresh=False)
                 bar.update(len(ended))
-    if stream:
+    if single:
         print()
     say(
         f"{prompt_tokens} prompt tokens, {new} new tokens, {first:.2f} s to the first token, "
@@ -164,8 +165,8 @@ def converse(talk: Chat, line: str) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
     print()
-    if talk.row.finish_reason == "length":
-        limit, of_model = talk.row.limit, talk.llm.model.args.max_seq_len
+    if talk.request.finish_reason == "length":
+        limit, of_model = talk.request.limit, talk.llm.model.args.max_seq_len
         say(
             f"The answer was cut at {limit} tokens: raise --max_gen_len."
             if limit == talk.settings.max_gen_len
@@ -282,10 +283,14 @@ def main(
     llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify)
     if records:
         with results or nullcontext():
-            answer(llm, records, settings, json, logprobs, results, done)
+            continue_prompts(llm, records, settings, json, logprobs, results, done)
     if interactive:
         say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
-        interact(lambda line: answer(llm, [{"prompt": line}], settings, json, logprobs), json)
+
+        def continue_line(line: str) -> None:
+            continue_prompts(llm, [{"prompt": line}], settings, json, logprobs)
+
+        interact(continue_line, json)
     if chat:
         talk = Chat(llm, settings, system)
         say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from llama.cli import run
-from llama.continuation import Continuation
 from llama.decode import Decoder, in_passes, make_engine
 from llama.generation import LLaMA
 from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
 from llama.model import Transformer, rotation_table
 from llama.params import DEMO
+from llama.request import Request
 from llama.room import GIB, cache_bytes, check_cache, check_room, weight_bytes
 from llama.settings import Settings, check
 from llama.tokenizer import Tokenizer
@@ -289,8 +289,8 @@ def time_engine(
 
 
 def time_lists(llm: LLaMA, figures: dict) -> None:
-    """Random prompts: a list against groups that each wait for their longest row, short ones, some
-    that begin alike, and copies of one."""
+    """Random prompts: a list against groups that each wait for their longest continuation, short
+    ones, some that begin alike, and copies of one."""
     llm.model.args = replace(llm.model.args, max_batch_size=SLOTS)
     chance, (least, most) = random.Random(1), RANGE
 
@@ -308,10 +308,10 @@ def time_lists(llm: LLaMA, figures: dict) -> None:
     say(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
     rate = sum(limits) / steps[-1][0]
     say(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
-    # The last to get a slot is the last of a step's rows.
-    until = next(n for n, (_, rows) in enumerate(steps, 1) if rows[-1].index == LISTED - 1)
+    # The last to get a slot is the last of a step's requests.
+    until = next(n for n, (_, requests) in enumerate(steps, 1) if requests[-1].index == LISTED - 1)
     pairs = itertools.pairwise([(0, []), *steps[:until]])
-    busy = sum(now - before for (before, _), (now, rows) in pairs if len(rows) == SLOTS)
+    busy = sum(now - before for (before, _), (now, requests) in pairs if len(requests) == SLOTS)
     share = busy / steps[until - 1][0]
     say(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
 
@@ -343,17 +343,17 @@ def list_seconds(llm: LLaMA, prompts: list[list[int]], limits: list[int] | int) 
 
 def steps_of(
     llm: LLaMA, prompts: list[list[int]], limits: list[int]
-) -> Iterator[tuple[float, list[Continuation]]]:
-    """Seconds since the start and the rows that got a token, after each step of a list whose rows
-    each end at their own limit, never at a token."""
+) -> Iterator[tuple[float, list[Request]]]:
+    """Seconds since the start and the requests that got a token, after each step of a list; each
+    request ends at its own limit, never at a token."""
     tokenizer = copy.copy(llm.tokenizer)
     tokenizer.end_ids = ()
-    rows = [
-        Continuation(tokenizer, ids, limit, [], index=place)
+    requests = [
+        Request(tokenizer, ids, limit, [], index=place)
         for place, (ids, limit) in enumerate(zip(prompts, limits))
     ]
     started = time.perf_counter()
-    for drawn in llm._steps(rows, Settings(seed=1), False, None, ()):
+    for drawn in llm._steps(requests, Settings(seed=1), False, None, ()):
         yield time.perf_counter() - started, drawn
 
 

@@ -6,7 +6,7 @@ then user and assistant take turns, and the user has the last word.
 from collections.abc import Iterator
 from functools import partial
 
-from llama.continuation import Continuation
+from llama.request import Request
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, check_text
 
@@ -15,13 +15,13 @@ FEWEST_WORDS = 32_000  # in a vocabulary of Meta's; the demo's has 4,096
 
 
 class Chat:
-    """A conversation that goes on with a LLaMA; `messages` is what was said so far, `row` the
-    newest answer with its finish_reason. A decoder keeps keys and values, so that only what is new
-    is prefilled. Errors as those of `LLaMA.chat`."""
+    """A conversation that goes on with a LLaMA. `messages` is what was said so far, `request` has
+    the newest answer and its finish_reason. A decoder keeps keys and values, so that only what is
+    new is prefilled. Errors as those of `LLaMA.chat`."""
 
     def __init__(self, llm, settings: Settings, system: str | None = None):
         self.llm, self.settings, self.system = llm, settings, system
-        self.row: Continuation | None = None
+        self.request: Request | None = None
         self.restart()
         conversation([*self.messages, {"role": "user", "content": ""}], llm)  # does it chat?
         self.decoder = llm.decoder(1, llm.model.args.max_seq_len, settings)
@@ -38,7 +38,7 @@ class Chat:
         ids = conversation(messages, self.llm)
         steps = self.llm.steps([ids], self.settings, decoder=self.decoder)
         try:
-            for piece in stripped(self.row.read() for [self.row] in steps):
+            for piece in stripped(self.request.read() for [self.request] in steps):
                 said += piece
                 yield piece
         finally:

@@ -2,7 +2,7 @@
 `chat` answers in a conversation, `score` says how likely a text is.
 
 A prompt becomes ids, which go into a slot of a `Decoder` as soon as one is free; once they are
-prefilled, each step gives every slot its next id, and a `Continuation` turns them into text. Each
+prefilled, each step gives every slot its next id, and a `Request` turns them into text. Each
 call has its own state, so that calls may be abandoned or interleaved. Threads may share a model:
 they take turns, a step at a time.
 """
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from llama import checkpoint, room
 from llama.chat import conversation, stripped
-from llama.continuation import Completion, Continuation, completions, pieces
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
 from llama.device import at_work, forgetting, pick_device, pick_engine
 from llama.model import Transformer
 from llama.params import model_folder, read_model
+from llama.request import Completion, Request, completions, pieces
 from llama.sampling import NOT_FINITE, next_token
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode
@@ -217,11 +217,12 @@ class LLaMA:
         logprobs: bool = False,
         decoder: Decoder | None = None,
         skip: Container[int] = (),
-    ) -> Iterator[list[Continuation]]:
-        """Yields after every step the Continuations that it gave a token, in the order of their
-        prompts; each comes for the last time when it has ended. What is at places to `skip` of the
-        list is not continued and changes nothing for the others. A decoder that is passed goes on
-        from what its cache holds of the one prompt, and stays open. See `completions`."""
+    ) -> Iterator[list[Request]]:
+        """Yields after every step the requests that it gave a token, in the order of their
+        prompts; each comes for the last time when it has ended. Prompts at places of the list that
+        are in `skip` are not continued, which changes nothing for the others. A decoder that is
+        passed goes on from what its cache holds of the one prompt, and stays open. Errors of
+        settings and prompts come at once."""
         limit, of_model = settings.max_gen_len, self.model.args.max_seq_len
         all_ids = encode(prompts, self.tokenizer, of_model)
         if limit > of_model:
@@ -230,35 +231,36 @@ class LLaMA:
                 f"{of_model} tokens: raise max_seq_len for longer ones",
                 stacklevel=3,
             )
-        rows = [
-            Continuation(
+        requests = [
+            Request(
                 self.tokenizer, ids, min(limit, of_model - len(ids)), settings.stop, prompt, index
             )
             for index, (prompt, ids) in enumerate(zip(prompts, all_ids))
         ]
-        return self._steps(rows, settings, logprobs, decoder, skip)
+        return self._steps(requests, settings, logprobs, decoder, skip)
 
     def _steps(
         self,
-        rows: list[Continuation],
+        requests: list[Request],
         settings: Settings,
         logprobs: bool,
         kept: Decoder | None,
         skip: Container[int],
-    ) -> Iterator[list[Continuation]]:
+    ) -> Iterator[list[Request]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
-        if full := [row for row in rows if not row.limit and row.index not in skip]:
+        wanted = [request for request in requests if request.index not in skip]
+        if full := [request for request in wanted if not request.limit]:
             yield full
-        rows = [row for row in rows if row.limit]
-        waiting = deque(row for row in rows if row.index not in skip)
+        waiting = deque(request for request in wanted if request.limit)
         if not waiting:
             return
         # The whole list decides these, so that what is skipped changes no number.
-        length = max(len(row.prompt_ids) + row.limit for row in rows)
+        requests = [request for request in requests if request.limit]
+        length = max(len(request.prompt_ids) + request.limit for request in requests)
         with self._turn():
-            slots = 1 if kept else room.slots_that_fit(self.model, len(rows), length)
-        shared = common_beginning([row.prompt_ids for row in rows])
-        going: dict[int, Continuation] = {}  # by slot
+            slots = 1 if kept else room.slots_that_fit(self.model, len(requests), length)
+        shared = common_beginning([request.prompt_ids for request in requests])
+        going: dict[int, Request] = {}  # by slot
         decoder = kept
         try:
             decoder = kept or self.decoder(slots, length, settings, logprobs)
@@ -269,11 +271,11 @@ class LLaMA:
                 free = [slot for slot in range(slots) if slot not in going]
                 with self._turn():
                     for slot in free[: len(waiting)]:
-                        row = going[slot] = waiting.popleft()
-                        row.begin()
-                        uniform = uniform_numbers(seed, row.index, row.limit)
-                        start = kept.cached(slot, row.prompt_ids) if kept else len(shared)
-                        decoder.begin(slot, row.prompt_ids, uniform, start)
+                        request = going[slot] = waiting.popleft()
+                        request.begin()
+                        uniform = uniform_numbers(seed, request.index, request.limit)
+                        start = kept.cached(slot, request.prompt_ids) if kept else len(shared)
+                        decoder.begin(slot, request.prompt_ids, uniform, start)
                     drawn = decoder.step()
                 begun = [slot for slot in going if slot not in decoder.queue]
                 for slot in begun:
@@ -283,7 +285,9 @@ class LLaMA:
                     going[slot].add(id, *logprob)
                 if begun:
                     yield [going[slot] for slot in begun]
-                going = {slot: row for slot, row in going.items() if row.finish_reason is None}
+                for slot in begun:
+                    if going[slot].finish_reason:
+                        del going[slot]
         except torch.OutOfMemoryError:
             raise room.too_big(self.model, slots, length) from None
         finally:

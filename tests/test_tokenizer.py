@@ -10,7 +10,7 @@ from conftest import DEMO
 from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
-from llama.continuation import Continuation
+from llama.request import Request
 
 TEXTS = [
     "Once upon a time",
@@ -87,7 +87,7 @@ def test_10000_texts_of_many_scripts(tokenizer):
         bytes_seen += any(pieces)
         if number % 5:
             continue
-        streamed = Continuation(tokenizer, [1, *theirs.encode("A")], 10**6, [])
+        streamed = Request(tokenizer, [1, *theirs.encode("A")], 10**6, [])
         said = []
         for id in [*ids, tokenizer.eos_id]:
             streamed.add(id)
@@ -121,7 +121,7 @@ def test_special_ids_are_llama_3s(llama3, tiktoken_itself):
 
 
 def streamed(tokenizer, ids, prompt_ids=(), every=1, stop=()):
-    row = Continuation(tokenizer, [tokenizer.bos_id, *prompt_ids], 10**6, stop)
+    row = Request(tokenizer, [tokenizer.bos_id, *prompt_ids], 10**6, stop)
     pieces = []
     for n, id in enumerate([*ids, tokenizer.eos_id]):
         if row.finish_reason is None:
@@ -203,7 +203,7 @@ def test_special_tokens_are_no_text(llama3):
 
 @pytest.mark.parametrize("end", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
 def test_a_text_ends_at_each_end_token(llama3, end):
-    row = Continuation(llama3, [llama3.bos_id], 9, [])
+    row = Request(llama3, [llama3.bos_id], 9, [])
     row.add(65)
     assert row.finish_reason is None
     row.add(llama3.special[end])
