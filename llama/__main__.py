@@ -24,7 +24,7 @@ from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
 from llama.generation import LLaMA, check_prompts
 from llama.params import LIMITS
-from llama.room import size
+from llama.room import readable
 from llama.settings import Settings, check
 
 TALK = 4096  # tokens of a conversation, as many as Llama 2 was trained with
@@ -145,7 +145,7 @@ def continue_prompts(
     say(
         f"{prompt_tokens} prompt tokens, {new} new tokens, {first:.2f} s to the first token, "
         f"{new / (time.perf_counter() - started):.1f} tokens/s, "
-        f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}"
+        f"peak memory {readable(peak_memory(llm.model.tok_embeddings.weight.device))}"
     )
 
 

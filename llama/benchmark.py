@@ -239,7 +239,7 @@ def main(
         for other in engines[1:]:
             compare(figures, engines[0], other)
         for part, took in first_token_seconds(engines[0], *model_of).items():
-            say(figures, f"{engines[0]}: start to first token, {part}", took, "s")
+            report(figures, f"{engines[0]}: start to first token, {part}", took, "s")
     if json:
         with open(json, "w") as file:
             dump(figures, file, indent=1)
@@ -260,24 +260,24 @@ def time_engine(
     llm = build(name, *model_of)
     torch.cuda.synchronize()
     if model_of[1]:
-        say(figures, f"{name}: load", time.perf_counter() - started, "s")
+        report(figures, f"{name}: load", time.perf_counter() - started, "s")
     args = llm.model.args
     weights = weight_bytes(llm.model, torch.float16)
     read = weights - llm.model.tok_embeddings.weight.nbytes  # of which a step reads a row
     for length in lengths:
         took = prefill_seconds(llm, length)
-        say(figures, f"{name}: prefill of {length} tokens", 1000 * took, "ms")
+        report(figures, f"{name}: prefill of {length} tokens", 1000 * took, "ms")
     peak = torch.cuda.max_memory_allocated() / GIB
     driver = (used_bytes() - used_before) / GIB
     note = f" ({driver:.2f} GiB with torch's pool)"
     what = f"{name}: GPU memory with one sequence of {max(lengths)} tokens"
-    say(figures, what, peak, "GiB", note)
+    report(figures, what, peak, "GiB", note)
     for context, batch in itertools.product((min(lengths), max(lengths)), batches):
         with left_out(name):
             took = step_seconds(llm, batch, context)
             cached = cache_bytes(args, batch, context + NEW_TOKENS // 2, torch.float16)
             rate = (read + cached) / took / bandwidth
-            say(
+            report(
                 figures,
                 f"{name}: decode at batch {batch}, {context} tokens of context",
                 batch / took,
@@ -305,21 +305,21 @@ def time_lists(llm: LLaMA, figures: dict) -> None:
     steps = [*steps_of(llm, prompts, limits)]
     ratio = took / steps[-1][0]
     what = f"int8: {LISTED} prompts of {least} to {most} tokens, {least} to {most} new ones"
-    say(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
+    report(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
     rate = sum(limits) / steps[-1][0]
-    say(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
+    report(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
     # The last to get a slot is the last of a step's requests.
     until = next(n for n, (_, requests) in enumerate(steps, 1) if requests[-1].index == LISTED - 1)
     pairs = itertools.pairwise([(0, []), *steps[:until]])
     busy = sum(now - before for (before, _), (now, requests) in pairs if len(requests) == SLOTS)
     share = busy / steps[until - 1][0]
-    say(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
+    report(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
 
     def first_tokens(what: str, prompts: list[list[int]], against: float | None = None) -> float:
         list_seconds(llm, prompts, 1)
         took = statistics.median(list_seconds(llm, prompts, 1) for _ in range(REPEATS))
         note = f" ({against / took:.2f}x)" if against else ""
-        say(figures, f"int8: first token of {what}", 1000 * took, "ms", note)
+        report(figures, f"int8: first token of {what}", 1000 * took, "ms", note)
         return took
 
     first_tokens(f"{SLOTS} prompts of {SHORT} tokens", [prompt(SHORT) for _ in range(SLOTS)])
@@ -372,7 +372,7 @@ def left_out(name: str) -> Iterator[None]:
         )
 
 
-def say(figures: dict, name: str, value: float, unit: str, note: str = "") -> None:
+def report(figures: dict, name: str, value: float, unit: str, note: str = "") -> None:
     """Keeps a figure and prints it."""
     figures[f"{name}, {unit}"] = value
     print(f"{name}: {value:.4g} {unit}{note}", flush=True)

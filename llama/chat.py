@@ -55,7 +55,7 @@ def conversation(messages: list[dict[str, str]], llm) -> list[int]:
             "this model does not chat, the demo tells stories: pass a folder of Llama 2 Chat or "
             "Llama 3 Instruct, e.g. --ckpt_dir /w/Llama-3.1-8B-Instruct/original"
         )
-    check(messages)
+    check_messages(messages)
     turns = [(message["role"], message["content"].strip()) for message in messages]
     ids = (llama_3_ids if llm.tokenizer.special else llama_2_ids)(turns, llm.tokenizer)
     if len(ids) >= llm.model.args.max_seq_len:
@@ -90,7 +90,7 @@ def llama_2_ids(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[int]
     return ids + tokenizer.encode(f"[INST] {contents[-1]} [/INST]", bos=True, eos=False)
 
 
-def check(messages: list[dict[str, str]]) -> None:
+def check_messages(messages: list[dict[str, str]]) -> None:
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages is {messages!r:.60}, expected a list of them")
     for i, message in enumerate(messages, 1):

@@ -29,7 +29,7 @@ from llama.params import model_folder, read_model
 from llama.request import Completion, Request, completions, pieces
 from llama.sampling import NOT_FINITE, next_token
 from llama.settings import Settings
-from llama.tokenizer import Tokenizer, encode
+from llama.tokenizer import Tokenizer, encode_all
 
 SHARED = 32  # tokens that all prompts begin with, from which on they are prefilled apart, once
 # Weights below which one core of a CPU is as fast as several, and several are slowed down by any
@@ -224,7 +224,7 @@ class LLaMA:
         passed goes on from what its cache holds of the one prompt, and stays open. Errors of
         settings and prompts come at once."""
         limit, of_model = settings.max_gen_len, self.model.args.max_seq_len
-        all_ids = encode(prompts, self.tokenizer, of_model)
+        all_ids = encode_all(prompts, self.tokenizer, of_model)
         if limit > of_model:
             warnings.warn(
                 f"max_gen_len is {limit}, but prompt and continuation end at max_seq_len, "
@@ -314,7 +314,7 @@ class LLaMA:
         and MemoryError as `generate`.
         """
         scores = []
-        for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
+        for ids in encode_all(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
             scores.append([])
             following = torch.tensor(ids[1:], device="cpu")
             for logits in self.logits(ids[:-1]):
@@ -368,7 +368,7 @@ def check_prompts(
     """Raises what `generate` would raise for these prompts, without loading any weights."""
     folder = model_folder(ckpt_dir)
     args, tokenizer = read_model(folder, tokenizer_path, max_seq_len=max_seq_len)
-    encode(prompts, tokenizer, args.max_seq_len)
+    encode_all(prompts, tokenizer, args.max_seq_len)
 
 
 def common_beginning(prompts: list[list[int]]) -> list[int]:

@@ -167,6 +167,6 @@ def _kernel_says(file: str, key: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def size(count: int) -> str:
+def readable(count: int) -> str:
     """Bytes in GiB or MiB, for a person."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

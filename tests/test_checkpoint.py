@@ -127,7 +127,7 @@ def test_few_weights_are_in_memory_before_the_first_is_used(make_folder):
     with torch.device("meta"):
         model = Transformer(ModelArgs(**params | {"vocab_size": vocab_size()}))
     planned = checkpoint.plan(model, open_shards(folder))
-    with closing(checkpoint.stream(planned, model, torch.device("cpu"), None, "")) as done:
+    with closing(checkpoint.fill_model(planned, model, torch.device("cpu"), None, "")) as done:
         next(done)
         held = [name for name, x in model.state_dict().items() if not x.is_meta]
     assert len(planned) > 30 and 0 < len(held) < 20
@@ -216,7 +216,7 @@ def test_no_warning_for_a_good_folder(make_folder):
 def test_a_model_that_does_not_fit_is_refused_before_loading(make_folder, monkeypatch):
     folder, _, _ = make_folder()
     monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(checkpoint, "stream", None)  # nothing may be loaded
+    monkeypatch.setattr(checkpoint, "fill_model", None)  # nothing may be loaded
     with pytest.raises(MemoryError, match=r"needs 0.0 GiB for weights .* lower --max_seq_len"):
         LLaMA.build(folder, device="cpu")
 
