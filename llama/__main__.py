@@ -1,10 +1,11 @@
 """Continues prompts and talks on a command line: python -m llama --prompt "Once upon a time"
 
-Texts and JSON go to stdout (with --resume, JSON to a file), everything else to stderr. In texts
-control characters are escaped, JSON has them exactly.
+Texts and JSON go to stdout (with --resume, JSON to a file), everything else to stderr. Texts have
+control characters escaped, JSON has them as they are.
 """
 
 import contextlib
+import resource
 import sys
 import time
 from collections.abc import Callable, Container
@@ -28,7 +29,6 @@ from llama.room import readable
 from llama.settings import Settings, check
 
 TALK = 4096  # tokens of a conversation, as many as Llama 2 was trained with
-
 BEGINNING = '{"index": '  # of each line of results
 
 
@@ -53,7 +53,7 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def parsed(line: str) -> str | dict | None:
-    """The text or object that a line of JSON holds; None if it is no such line."""
+    """The text or object in a line of JSON, or None."""
     try:
         value = loads(line)
     except (ValueError, RecursionError):
@@ -65,15 +65,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of tensors on CUDA, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Unix alone has it
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
-    """A file of results to append to, and the places in the list whose results it has already. A
-    last line that was cut short, when a run was killed, is removed. ValueError for other lines."""
+    """Opens a file of results to append to; returns it and the indices of the records whose results
+    it has. A last line that was cut short, by a killed run, is removed. ValueError for others."""
     file = Path(path).expanduser()
     content = file.read_bytes() if file.exists() else b""
     *lines, cut = content.decode(errors="replace").split("\n")
@@ -145,7 +142,7 @@ def continue_prompts(
     say(
         f"{prompt_tokens} prompt tokens, {new} new tokens, {first:.2f} s to the first token, "
         f"{new / (time.perf_counter() - started):.1f} tokens/s, "
-        f"peak memory {readable(peak_memory(llm.model.tok_embeddings.weight.device))}"
+        f"peak memory {readable(peak_memory(llm.device))}"
     )
 
 

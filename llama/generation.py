@@ -23,18 +23,15 @@ from torch import Tensor
 from llama import checkpoint, room
 from llama.chat import conversation, stripped
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
-from llama.device import at_work, forgetting, pick_device, pick_engine
+from llama.device import at_work, cores_for, forgetting, pick_device, pick_engine
 from llama.model import Transformer
 from llama.params import model_folder, read_model
 from llama.request import Completion, Request, completions, pieces
-from llama.sampling import NOT_FINITE, next_token
+from llama.sampling import NOT_FINITE, next_token, uniform_numbers
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode_all
 
-SHARED = 32  # tokens that all prompts begin with, from which on they are prefilled apart, once
-# Weights below which one core of a CPU is as fast as several, and several are slowed down by any
-# other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
-ONE_CORE = 2**24
+SHARED = 32  # fewest tokens at the beginning of all prompts that get a prefill of their own
 NOT_FINITE_LOGITS = (
     "the model computed logits that are not finite: the weights are damaged or overflow fp16"
 )
@@ -47,8 +44,7 @@ class LLaMA:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
-        small = sum(weight.numel() for weight in model.parameters()) < ONE_CORE
-        self._cores = 1 if small else None
+        self._cores = cores_for(sum(weight.numel() for weight in model.parameters()))
         self._lock = threading.Lock()
 
     @staticmethod
@@ -62,7 +58,7 @@ class LLaMA:
         engine: str = "triton",
         verify: bool = False,
     ) -> "LLaMA":
-        """Loads a model folder in Meta's format; without a folder, the small demo model.
+        """Loads a model folder in Meta's format, or the small demo model.
 
         Progress goes to stderr. OSError, ValueError, MemoryError or ImportError say in one sentence
         what is wrong, before loading starts where possible.
@@ -118,10 +114,10 @@ class LLaMA:
     ) -> list[str]:
         """Returns each prompt followed by its continuation, in order.
 
-        max_batch_size of them go on at a time, or fewer where memory is short; when one ends, the
-        next takes its place. Between two tokens of those that go on, at most 512 tokens of new
-        prompts are read. What all begin with is computed once, and then rounded a little
-        differently than in each alone; so `[prompt] * n` reads a prompt once for n continuations.
+        Up to max_batch_size are continued at a time, fewer where memory is short; when one ends,
+        the next takes its place. Between two tokens of those that run, at most 512 tokens of new
+        prompts are prefilled. A beginning that all share is prefilled once, and rounded a little
+        differently than in each alone: `[prompt] * n` gives n continuations of one prefill.
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a
@@ -150,17 +146,17 @@ class LLaMA:
     def complete(
         self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
     ) -> list[Completion]:
-        """What came of each prompt, in order: texts, token ids, why they ended and how long they
-        took. Settings has the arguments of `generate`, whose errors these are. With logprobs they
-        have those of their tokens, as the model gave them, before temperature and penalty."""
+        """The result of each prompt, in order: text, token ids, why it ended and how long it took;
+        with logprobs also the log-probability of each token, as the model gave it, before
+        temperature and penalty. Settings and errors are those of `generate`."""
         results = completions(self.steps(prompts, settings, logprobs))
         return sorted(results, key=attrgetter("index"))
 
     def completions(
         self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
     ) -> Iterator[Completion]:
-        """Yields what `complete` returns, each as soon as it has ended; its `index` is the place
-        of its prompt. Errors of settings and prompts come at once."""
+        """Yields what `complete` returns, each result as soon as its prompt has ended; `index` says
+        which prompt that is. Errors of settings and prompts come at once."""
         return completions(self.steps(prompts, settings, logprobs))
 
     def chat(
@@ -177,9 +173,9 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> str:
-        """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, each a dict of role
-        and content: a system's may come first, then user and assistant take turns, the user last.
-        Settings and errors are those of `generate`; ValueError too for a model without chat."""
+        """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, dicts of role and
+        content: one by the system may come first, then user and assistant take turns, and the last
+        is by the user. Settings and errors are those of `generate`; ValueError for other models."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         [answer] = completions(self.steps([conversation(messages, self)], settings))
@@ -199,10 +195,10 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> Iterator[str]:
-        """The continuation of one prompt in pieces, as they come. Joined they are what `generate`
-        adds to the prompt; none is part of a character or taken back. Of messages, as `chat` takes
-        them, they are the answer. Settings and errors are those of `generate`; a wrong setting or
-        prompt raises at once."""
+        """Yields the continuation of a prompt in pieces, as they come; joined they are what
+        `generate` adds to it. No piece is part of a character or taken back. For messages, as for
+        `chat`, it yields the answer. Settings and errors are those of `generate`; a wrong setting
+        or prompt raises at once."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
@@ -260,34 +256,34 @@ class LLaMA:
         with self._turn():
             slots = 1 if kept else room.slots_that_fit(self.model, len(requests), length)
         shared = common_beginning([request.prompt_ids for request in requests])
-        going: dict[int, Request] = {}  # by slot
+        running: dict[int, Request] = {}  # by slot
         decoder = kept
         try:
             decoder = kept or self.decoder(slots, length, settings, logprobs)
             if shared:
                 with self._turn():
                     decoder.share(shared)
-            while waiting or going:
-                free = [slot for slot in range(slots) if slot not in going]
+            while waiting or running:
+                free = [slot for slot in range(slots) if slot not in running]
                 with self._turn():
                     for slot in free[: len(waiting)]:
-                        request = going[slot] = waiting.popleft()
+                        request = running[slot] = waiting.popleft()
                         request.begin()
                         uniform = uniform_numbers(seed, request.index, request.limit)
                         start = kept.cached(slot, request.prompt_ids) if kept else len(shared)
                         decoder.begin(slot, request.prompt_ids, uniform, start)
                     drawn = decoder.step()
-                begun = [slot for slot in going if slot not in decoder.queue]
-                for slot in begun:
+                prefilled = [slot for slot in running if slot not in decoder.queue]
+                for slot in prefilled:
                     id, *logprob = (values[slot] for values in drawn)
                     if id == NOT_FINITE:
                         raise FloatingPointError(NOT_FINITE_LOGITS)
-                    going[slot].add(id, *logprob)
-                if begun:
-                    yield [going[slot] for slot in begun]
-                for slot in begun:
-                    if going[slot].finish_reason:
-                        del going[slot]
+                    running[slot].add(id, *logprob)
+                if prefilled:
+                    yield [running[slot] for slot in prefilled]
+                for slot in prefilled:
+                    if running[slot].finish_reason:
+                        del running[slot]
         except torch.OutOfMemoryError:
             raise room.too_big(self.model, slots, length) from None
         finally:
@@ -297,7 +293,8 @@ class LLaMA:
     def decoder(
         self, slots: int, length: int, settings: Settings, logprobs: bool = False
     ) -> Decoder:
-        """For so many sequences of at most `length` tokens; MemoryError unless they fit."""
+        """A decoder with slots for sequences of at most `length` tokens; MemoryError unless their
+        cache fits."""
         pick = partial(next_token, settings=settings)
         try:
             with self._turn():
@@ -324,7 +321,7 @@ class LLaMA:
         return scores
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Float32 logits of what follows each of ids, in order: (n, V), those of a pass at once."""
+        """Float32 logits of what follows each of ids, in order: those of a pass at once, (n, V)."""
         if not ids:
             return
         engine = passes = None
@@ -343,19 +340,19 @@ class LLaMA:
                 yield logits
         except torch.OutOfMemoryError:
             raise MemoryError(
-                f"{self._device} ran out of memory over a text of {len(ids)} tokens: shorten it"
+                f"{self.device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
         finally:
             del engine, passes
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One thread's turn at the model."""
-        with self._lock, at_work(self._device, self._cores), forgetting():
+        with self._lock, at_work(self.device, self._cores), forgetting():
             yield
 
 
@@ -372,14 +369,7 @@ def check_prompts(
 
 
 def common_beginning(prompts: list[list[int]]) -> list[int]:
-    """The ids that all of several prompts begin with, the last id of each left out, whose logits
-    are needed; none if they are not worth a prefill of their own."""
+    """The ids that all of several prompts begin with, but not a prompt's last id, whose logits are
+    needed; none if they are too few to be worth a prefill of their own."""
     shared = os.path.commonprefix([ids[:-1] for ids in prompts])
     return shared if len(prompts) > 1 and len(shared) >= SHARED else []
-
-
-def uniform_numbers(seed: int, place: int, count: int) -> Tensor:
-    """(count,) in [0, 1) for the prompt at this place of a list: seed and place alone decide."""
-    generator = torch.Generator("cpu")
-    generator.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)  # neighbours far apart
-    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
