@@ -1,6 +1,6 @@
-"""Conversations, written as Llama 2 Chat and Llama 3 Instruct were trained to read them; the
-tokenizer tells which. Messages are dicts of role and content: one by the system may come first,
-then user and assistant take turns, and the user has the last word.
+"""Conversations in the format that Llama 2 Chat or Llama 3 Instruct was trained with (the tokenizer
+tells which). Messages are dicts of role and content: one by the system may come first, then user
+and assistant take turns, and the last is by the user.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from llama.settings import Settings
 from llama.tokenizer import Tokenizer, check_text
 
 LLAMA_2_TAGS = "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"
-FEWEST_WORDS = 32_000  # in a vocabulary of Meta's; the demo's has 4,096
+FEWEST_WORDS = 32_000  # in Meta's vocabularies; the demo's has 4,096
 
 
 class Chat:
@@ -32,8 +32,8 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if by_system else []
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer in pieces, as they come. As much of it as came is in `messages` afterwards,
-        and the text before it; neither if nothing came."""
+        """Yields the answer in pieces, as they come. Afterwards `messages` has the text and as much
+        of the answer as came; neither if nothing did."""
         messages, said = [*self.messages, {"role": "user", "content": text}], ""
         ids = conversation(messages, self.llm)
         steps = self.llm.steps([ids], self.settings, decoder=self.decoder)
@@ -48,8 +48,8 @@ class Chat:
 
 
 def conversation(messages: list[dict[str, str]], llm) -> list[int]:
-    """The ids of messages, up to where the answer of a LLaMA begins. ValueError for what is no
-    conversation, leaves no place for an answer, or is for a model that does not chat."""
+    """The ids of messages, up to where the answer begins. ValueError for what is no conversation or
+    leaves no place for an answer, and for a model that does not chat."""
     if llm.tokenizer.n_words < FEWEST_WORDS and not llm.tokenizer.special:
         raise ValueError(
             "this model does not chat, the demo tells stories: pass a folder of Llama 2 Chat or "

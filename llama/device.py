@@ -15,11 +15,6 @@ OPENMP = ctypes.CDLL(torch._C.__file__)  # torch links it
 ONE_CORE = 2**24
 
 
-def cores_for(weights: int) -> int | None:
-    """The cores of a CPU for a model of so many weights; None: as many as torch uses."""
-    return 1 if weights < ONE_CORE else None
-
-
 def use_cores(count: int) -> int:
     """Lets this thread compute on so many cores; returns how many it had. Unlike
     torch.set_num_threads this changes nothing for threads that begin meanwhile."""

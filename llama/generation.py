@@ -23,7 +23,7 @@ from torch import Tensor
 from llama import checkpoint, room
 from llama.chat import conversation, stripped
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
-from llama.device import at_work, cores_for, forgetting, pick_device, pick_engine
+from llama.device import ONE_CORE, at_work, forgetting, pick_device, pick_engine
 from llama.model import Transformer
 from llama.params import model_folder, read_model
 from llama.request import Completion, Request, completions, pieces
@@ -44,7 +44,8 @@ class LLaMA:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
-        self._cores = cores_for(sum(weight.numel() for weight in model.parameters()))
+        small = sum(weight.numel() for weight in model.parameters()) < ONE_CORE
+        self._cores = 1 if small else None
         self._lock = threading.Lock()
 
     @staticmethod

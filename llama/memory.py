@@ -1,7 +1,4 @@
-"""Estimates a model's GPU memory before it is loaded: python -m llama.memory --size 13B
-
-Counts from the shapes alone, in int8 and in fp16, beside what is free.
-"""
+"""Estimates a model's GPU memory from its shapes: python -m llama.memory --size 13B"""
 
 import torch
 from torch import nn
