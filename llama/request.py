@@ -1,8 +1,8 @@
 """A request: one prompt, and what is generated for it. New ids become text as they come.
 
-Text that was read never changes: the bytes of a character that lacks others are held back, and so
-is whatever may turn out to begin a stop string. Only new ids are decoded, after the few before
-them, so that reading at each token takes microseconds however long the text is.
+Text that was read never changes: the bytes of an unfinished character are held back, and so is what
+may be the beginning of a stop string. Only new ids are decoded, with the few before them, so that
+reading after each token takes microseconds however long the text is.
 """
 
 import time
@@ -25,7 +25,7 @@ class Completion:
     finish_reason: str  # "stop" (a stop string), "length" or "eos"
     seconds: float  # from when the prompt got its slot to the last token
     seconds_to_first_token: float
-    logprobs: list[float]  # of each token; empty unless asked for
+    logprobs: list[float]  # of each token; empty unless wanted
 
 
 class Request:

@@ -1,4 +1,4 @@
-"""Reads what one shard holds: a list of tensors, and the bytes of each when their turn comes.
+"""Reads what one shard holds: first the list of its tensors, later the bytes of each.
 
 A shard is a zip file that torch.save (1.6 and later) wrote of a flat dict of tensors: `data.pkl` is
 a pickle that lists them, and each storage is an uncompressed record of raw bytes. Nothing in it is

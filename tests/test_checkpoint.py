@@ -145,37 +145,6 @@ def test_progress_and_summary_go_to_stderr(make_folder, capfd):
     assert f"Loaded {folder.parent.name}/original in" in capfd.readouterr().err
 
 
-PUBLISHED = {  # FACTS: bytes a shard, shards
-    "7B": (dict(dim=4096, n_layers=32, n_heads=32), 13.48, 1),
-    "13B": (dict(dim=5120, n_layers=40, n_heads=40), 13.02, 2),
-    "65B": (dict(dim=8192, n_layers=80, n_heads=64), 16.32, 8),
-    "Llama 2 70B": (
-        dict(
-            dim=8192,
-            n_layers=80,
-            n_heads=64,
-            n_kv_heads=8,
-            multiple_of=4096,
-            ffn_dim_multiplier=1.3,
-        ),
-        17.25,
-        8,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_weight_bytes_of_the_published_models(name):
-    shape, gigabytes, shards = PUBLISHED[name]
-    args = ModelArgs(**shape, vocab_size=32000)
-    with torch.device("meta"):
-        floats = Transformer(args, torch.nn.Linear)
-        int8 = Transformer(args)
-    half = room.weight_bytes(floats, torch.float16)
-    assert half / shards / 1e9 == pytest.approx(gigabytes, abs=0.02)
-    assert 0.5 < room.weight_bytes(int8, torch.float16) / half < 0.52
-
-
 def test_weight_bytes_are_those_of_the_loaded_model(make_folder):
     folder, _, _ = make_folder()
     model = LLaMA.build(folder, device="cpu").model
