@@ -147,7 +147,7 @@ def continue_prompts(
 
 
 def converse(talk: Chat, line: str) -> None:
-    """Prints the answer to a line as it grows and says what cut it, or obeys a command."""
+    """Prints the answer to a line as it grows, and why it was cut; or obeys a command."""
     if line.rstrip() == "/new":
         talk.restart()
         say("A new conversation begins.")
@@ -173,7 +173,7 @@ def converse(talk: Chat, line: str) -> None:
 
 
 def interact(respond: Callable[[str], None], json: bool) -> None:
-    """Calls respond with each line that is typed. With json, only its lines go to stdout."""
+    """Calls respond with each line that is typed. With json, nothing else goes to stdout."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     while True:
@@ -233,13 +233,13 @@ def main(
         chat: talks with a Llama 2 Chat or Llama 3 Instruct model, which answers each line that is
             typed and remembers those before, up to a line /new
         system: with --chat, tells the model how to answer before the conversation begins
-        json: prints a line of JSON for each prompt as soon as it has ended: index is its place,
-            from 0, text what was added, tokens its ids with those of a stop string, finish_reason
-            is stop, length or eos; other keys that the prompt's line had in JSON follow index
-        resume: file to which these lines go instead; prompts whose line is there are left out, so
-            that a run that was interrupted goes on if it is started again (and has the same texts
-            with a --seed)
-        logprobs: with --json or --resume, has the log-probability of each new token in the lines
+        json: prints a line of JSON for each prompt as soon as it has ended: its index in the list,
+            from 0, other keys of its own line, the text that was added, its tokens (with those of
+            a stop string) and finish_reason, which is stop, length or eos
+        resume: file that these lines are added to instead; prompts that are in it are left out, so
+            an interrupted run continues when it is started again (with the same texts if it has a
+            --seed)
+        logprobs: with --json or --resume, adds the log-probability of each new token
         version: prints the version of this program
     """
     if version:

@@ -27,7 +27,7 @@ class Chat:
         self.decoder = llm.decoder(1, llm.model.args.max_seq_len, settings)
 
     def restart(self) -> None:
-        """Forgets what was said, except by the system."""
+        """Forgets all messages except the system's."""
         by_system = self.system is not None
         self.messages = [{"role": "system", "content": self.system}] if by_system else []
 

@@ -119,8 +119,8 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
 
 @torch.inference_mode(False)
 def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Path) -> None:
-    """Writes a model folder's int8 form, whole or not at all: until then it has another name.
-    Host memory peaks at two layers in int8 and a few blocks a thread."""
+    """Writes a model folder's int8 form, which has another name until it is whole. Host memory
+    peaks at two layers in int8 and a few blocks a thread."""
     unfinished = out_dir.with_name(f"{out_dir.name}.unfinished")
     for path in (out_dir, unfinished):
         if os.path.lexists(path):
@@ -181,9 +181,9 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def verify(ckpt_dir: Path) -> None:
-    """Compares the shards' md5 sums with those in checklist.chk, as md5sum writes them: one core
-    does 0.6 GB/s of each shard. FileNotFoundError without such a list, ValueError if one differs:
-    shards that changed places look right otherwise."""
+    """Compares the shards' md5 sums with those in checklist.chk, each shard on a core, at 0.6 GB/s.
+    Nothing else notices shards that changed places. FileNotFoundError without a list, ValueError
+    if a sum differs."""
     checklist = ckpt_dir / "checklist.chk"
     if not checklist.is_file():
         raise FileNotFoundError(
@@ -211,7 +211,7 @@ def verify(ckpt_dir: Path) -> None:
 
 
 def hash_block(file: BufferedReader, md5) -> int:
-    """Adds the next bytes of a file to its sum; returns how many."""
+    """Adds the next block of a file to its md5 sum; returns its bytes."""
     try:
         block = file.read(BYTES_A_BLOCK)
     except OSError as error:
@@ -238,9 +238,9 @@ def holds_int8(shards: Shards) -> bool:
 
 
 def plan(model: Transformer, shards: Shards) -> list[Weight]:
-    """Each tensor of the model once, in its order; ValueError names the first that does not fit,
-    and whatever is missing or left over. Two shards that changed places look right: only `verify`
-    tells. Llama 3.2's files have no output head: it is the embeddings again."""
+    """Where each tensor of the model is, in the model's order. ValueError names the first that does
+    not fit, or what is missing or left over. Llama 3.2 has no output head in its files: it is the
+    embeddings again."""
     tied = model.args.use_scaled_rope and not any("output.weight" in s for s in shards.values())
     if tied and not holds_int8(shards):
         for shard in shards.values():
@@ -306,7 +306,7 @@ def targets_in(
     model: Transformer, weight: Weight, device: torch.device, dtype: torch.dtype | None
 ) -> list[Tensor]:
     """The tensors of the model that a weight fills: one of values, in the weight's own type if
-    dtype is None, or a layer's codes and scales. Made here, unless the layer has them already."""
+    dtype is None, or a layer's codes and scales; made here if the layer has none yet."""
     path, attribute = weight.name.rsplit(".", 1)
     module = model.get_submodule(path)
     if not isinstance(module, Int8Linear):

@@ -203,8 +203,7 @@ class LLaMA:
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
-            ids = conversation(prompt, self)
-            return stripped(pieces(self.steps([ids], settings)))
+            return stripped(pieces(self.steps([conversation(prompt, self)], settings)))
         return pieces(self.steps([prompt], settings))
 
     def steps(
@@ -294,8 +293,7 @@ class LLaMA:
     def decoder(
         self, slots: int, length: int, settings: Settings, logprobs: bool = False
     ) -> Decoder:
-        """A decoder with slots for sequences of at most `length` tokens; MemoryError unless their
-        cache fits."""
+        """A decoder for sequences of at most `length` tokens; MemoryError unless its cache fits."""
         pick = partial(next_token, settings=settings)
         try:
             with self._turn():
@@ -364,8 +362,7 @@ def check_prompts(
     max_seq_len: int = 512,
 ) -> None:
     """Raises what `generate` would raise for these prompts, without loading any weights."""
-    folder = model_folder(ckpt_dir)
-    args, tokenizer = read_model(folder, tokenizer_path, max_seq_len=max_seq_len)
+    args, tokenizer = read_model(model_folder(ckpt_dir), tokenizer_path, max_seq_len=max_seq_len)
     encode_all(prompts, tokenizer, args.max_seq_len)
 
 
