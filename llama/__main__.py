@@ -283,11 +283,9 @@ def main(
             continue_prompts(llm, records, settings, json, logprobs, results, done)
     if interactive:
         say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
-
-        def continue_line(line: str) -> None:
-            continue_prompts(llm, [{"prompt": line}], settings, json, logprobs)
-
-        interact(continue_line, json)
+        interact(
+            lambda line: continue_prompts(llm, [{"prompt": line}], settings, json, logprobs), json
+        )
     if chat:
         talk = Chat(llm, settings, system)
         say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")
