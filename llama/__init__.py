@@ -1,8 +1,8 @@
 """LLaMA in INT8 on one GPU: `LLaMA.build(ckpt_dir, tokenizer_path).generate(["..."], 64)`."""
 
-from llama.continuation import Completion
 from llama.generation import LLaMA
 from llama.model import ModelArgs, Transformer
+from llama.request import Completion
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer
 

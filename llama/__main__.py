@@ -1,10 +1,11 @@
 """Continues prompts and talks on a command line: python -m llama --prompt "Once upon a time"
 
-Texts and JSON go to stdout (with --resume, JSON to a file), everything else to stderr. In texts
-control characters are escaped, JSON has them exactly.
+Texts and JSON go to stdout (with --resume, JSON to a file), everything else to stderr. Texts have
+control characters escaped, JSON has them as they are.
 """
 
 import contextlib
+import resource
 import sys
 import time
 from collections.abc import Callable, Container
@@ -24,11 +25,10 @@ from llama.chat import Chat
 from llama.cli import printable, read_text, run, say
 from llama.generation import LLaMA, check_prompts
 from llama.params import LIMITS
-from llama.room import size
+from llama.room import readable
 from llama.settings import Settings, check
 
 TALK = 4096  # tokens of a conversation, as many as Llama 2 was trained with
-
 BEGINNING = '{"index": '  # of each line of results
 
 
@@ -53,7 +53,7 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def parsed(line: str) -> str | dict | None:
-    """The text or object that a line of JSON holds; None if it is no such line."""
+    """The text or object in a line of JSON, or None."""
     try:
         value = loads(line)
     except (ValueError, RecursionError):
@@ -65,15 +65,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of tensors on CUDA, of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Unix alone has it
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
-    """A file of results to append to, and the places in the list whose results it has already. A
-    last line that was cut short, when a run was killed, is removed. ValueError for other lines."""
+    """Opens a file of results to append to; returns it and the indices of the records whose results
+    it has. A last line that was cut short, by a killed run, is removed. ValueError for others."""
     file = Path(path).expanduser()
     content = file.read_bytes() if file.exists() else b""
     *lines, cut = content.decode(errors="replace").split("\n")
@@ -97,7 +94,7 @@ def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
     return results, done
 
 
-def answer(
+def continue_prompts(
     llm: LLaMA,
     records: list[dict],
     settings: Settings,
@@ -106,31 +103,32 @@ def answer(
     results: TextIO | None = None,
     done: Container[int] = (),
 ) -> None:
-    """Continues the prompts of records but for those at places `done`. Prints a single text as it
-    grows, of several each as soon as it and those before it have ended; a line of JSON, to a file
-    of results if there is one, as soon as its own has. Timing goes to stderr."""
+    """Continues the prompts of records, except those at places `done`. Prints a single text as it
+    grows, of several each as soon as it and those before it have ended. Lines of JSON come as soon
+    as their own has, and go to a file of results if there is one. Timing goes to stderr."""
     prompts = [record["prompt"] for record in records]
     json = json or results is not None
-    stream, texts, shown = len(prompts) == 1 and not json, {}, 0
+    single, texts, shown = len(prompts) == 1 and not json, {}, 0
     prompt_tokens = new = first = 0
     started = time.perf_counter()
-    if stream:
+    if single:
         print(printable(prompts[0]), end="", flush=True)
     total, before = len(prompts), sum(place in done for place in range(len(prompts)))
     with tqdm(total=total, initial=before, unit="prompt", disable=total == 1) as bar:
-        for rows in llm.steps(prompts, settings, logprobs, skip=done):
-            first = first or rows[0].seconds_to_first_token
-            new += sum(row.limit > 0 for row in rows)
-            if stream:
-                print(printable(rows[0].read()), end="", flush=True)
-            ended = [row for row in rows if row.finish_reason]
-            for row in ended:
-                prompt_tokens += len(row.prompt_ids)
+        for requests in llm.steps(prompts, settings, logprobs, skip=done):
+            first = first or requests[0].seconds_to_first_token
+            new += sum(request.limit > 0 for request in requests)
+            if single:
+                print(printable(requests[0].read()), end="", flush=True)
+            ended = [request for request in requests if request.finish_reason]
+            for request in ended:
+                prompt_tokens += len(request.prompt_ids)
+                index = request.index
                 if json:
-                    result = {"index": row.index} | records[row.index] | asdict(row.completion())
-                    tqdm.write(dumps(result), file=results or sys.stdout)
-                elif not stream:
-                    texts[row.index] = printable(row.prompt + row.text)
+                    line = {"index": index} | records[index] | asdict(request.completion())
+                    tqdm.write(dumps(line), file=results or sys.stdout)
+                elif not single:
+                    texts[index] = printable(request.prompt + request.text)
             while shown in texts:
                 tqdm.write(f"{texts.pop(shown)}\n\n==================================\n")
                 shown += 1
@@ -139,17 +137,17 @@ def answer(
                 took = time.perf_counter() - started
                 bar.set_postfix_str(f"{new / took:.1f} tokens/s", refresh=False)
                 bar.update(len(ended))
-    if stream:
+    if single:
         print()
     say(
         f"{prompt_tokens} prompt tokens, {new} new tokens, {first:.2f} s to the first token, "
         f"{new / (time.perf_counter() - started):.1f} tokens/s, "
-        f"peak memory {size(peak_memory(llm.model.tok_embeddings.weight.device))}"
+        f"peak memory {readable(peak_memory(llm.device))}"
     )
 
 
 def converse(talk: Chat, line: str) -> None:
-    """Prints the answer to a line as it grows and says what cut it, or obeys a command."""
+    """Prints the answer to a line as it grows, and why it was cut; or obeys a command."""
     if line.rstrip() == "/new":
         talk.restart()
         say("A new conversation begins.")
@@ -164,8 +162,8 @@ def converse(talk: Chat, line: str) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
     print()
-    if talk.row.finish_reason == "length":
-        limit, of_model = talk.row.limit, talk.llm.model.args.max_seq_len
+    if talk.request.finish_reason == "length":
+        limit, of_model = talk.request.limit, talk.llm.model.args.max_seq_len
         say(
             f"The answer was cut at {limit} tokens: raise --max_gen_len."
             if limit == talk.settings.max_gen_len
@@ -175,7 +173,7 @@ def converse(talk: Chat, line: str) -> None:
 
 
 def interact(respond: Callable[[str], None], json: bool) -> None:
-    """Calls respond with each line that is typed. With json, only its lines go to stdout."""
+    """Calls respond with each line that is typed. With json, nothing else goes to stdout."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     while True:
@@ -235,13 +233,13 @@ def main(
         chat: talks with a Llama 2 Chat or Llama 3 Instruct model, which answers each line that is
             typed and remembers those before, up to a line /new
         system: with --chat, tells the model how to answer before the conversation begins
-        json: prints a line of JSON for each prompt as soon as it has ended: index is its place,
-            from 0, text what was added, tokens its ids with those of a stop string, finish_reason
-            is stop, length or eos; other keys that the prompt's line had in JSON follow index
-        resume: file to which these lines go instead; prompts whose line is there are left out, so
-            that a run that was interrupted goes on if it is started again (and has the same texts
-            with a --seed)
-        logprobs: with --json or --resume, has the log-probability of each new token in the lines
+        json: prints a line of JSON for each prompt as soon as it has ended: its index in the list,
+            from 0, other keys of its own line, the text that was added, its tokens (with those of
+            a stop string) and finish_reason, which is stop, length or eos
+        resume: file that these lines are added to instead; prompts that are in it are left out, so
+            an interrupted run continues when it is started again (with the same texts if it has a
+            --seed)
+        logprobs: with --json or --resume, adds the log-probability of each new token
         version: prints the version of this program
     """
     if version:
@@ -282,10 +280,12 @@ def main(
     llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify)
     if records:
         with results or nullcontext():
-            answer(llm, records, settings, json, logprobs, results, done)
+            continue_prompts(llm, records, settings, json, logprobs, results, done)
     if interactive:
         say("Type a beginning. Ctrl-C stops a text, Ctrl-D leaves.")
-        interact(lambda line: answer(llm, [{"prompt": line}], settings, json, logprobs), json)
+        interact(
+            lambda line: continue_prompts(llm, [{"prompt": line}], settings, json, logprobs), json
+        )
     if chat:
         talk = Chat(llm, settings, system)
         say("Say something. Ctrl-C ends an answer, /new begins again, Ctrl-D leaves.")

@@ -26,13 +26,14 @@ import torch
 from torch import nn
 
 from llama.cli import run
-from llama.continuation import Continuation
 from llama.decode import Decoder, in_passes, make_engine
-from llama.generation import DEMO, LLaMA
+from llama.generation import LLaMA
 from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
 from llama.model import Transformer, rotation_table
-from llama.room import GIB, cache_bytes, check_room, weight_bytes
+from llama.params import DEMO
+from llama.request import Request
+from llama.room import GIB, cache_bytes, check_cache, check_room, weight_bytes
 from llama.settings import Settings, check
 from llama.tokenizer import Tokenizer
 
@@ -142,7 +143,7 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
     def pick(logits, *_):
         return logits[:, 3:].argmax(-1) + 3  # never the end-of-text token
 
-    llm.check_room(batch, context + new)
+    check_cache(llm.model, batch, context + new)
     decoder = Decoder(llm.model, llm.engine, batch, context + new, pick)
     for slot in range(batch):
         ids = torch.randint(3, llm.model.args.vocab_size, (context,)).tolist()
@@ -238,7 +239,7 @@ def main(
         for other in engines[1:]:
             compare(figures, engines[0], other)
         for part, took in first_token_seconds(engines[0], *model_of).items():
-            say(figures, f"{engines[0]}: start to first token, {part}", took, "s")
+            report(figures, f"{engines[0]}: start to first token, {part}", took, "s")
     if json:
         with open(json, "w") as file:
             dump(figures, file, indent=1)
@@ -259,24 +260,24 @@ def time_engine(
     llm = build(name, *model_of)
     torch.cuda.synchronize()
     if model_of[1]:
-        say(figures, f"{name}: load", time.perf_counter() - started, "s")
+        report(figures, f"{name}: load", time.perf_counter() - started, "s")
     args = llm.model.args
     weights = weight_bytes(llm.model, torch.float16)
     read = weights - llm.model.tok_embeddings.weight.nbytes  # of which a step reads a row
     for length in lengths:
         took = prefill_seconds(llm, length)
-        say(figures, f"{name}: prefill of {length} tokens", 1000 * took, "ms")
+        report(figures, f"{name}: prefill of {length} tokens", 1000 * took, "ms")
     peak = torch.cuda.max_memory_allocated() / GIB
     driver = (used_bytes() - used_before) / GIB
     note = f" ({driver:.2f} GiB with torch's pool)"
     what = f"{name}: GPU memory with one sequence of {max(lengths)} tokens"
-    say(figures, what, peak, "GiB", note)
+    report(figures, what, peak, "GiB", note)
     for context, batch in itertools.product((min(lengths), max(lengths)), batches):
         with left_out(name):
             took = step_seconds(llm, batch, context)
             cached = cache_bytes(args, batch, context + NEW_TOKENS // 2, torch.float16)
             rate = (read + cached) / took / bandwidth
-            say(
+            report(
                 figures,
                 f"{name}: decode at batch {batch}, {context} tokens of context",
                 batch / took,
@@ -288,8 +289,8 @@ def time_engine(
 
 
 def time_lists(llm: LLaMA, figures: dict) -> None:
-    """Random prompts: a list against groups that each wait for their longest row, short ones, some
-    that begin alike, and copies of one."""
+    """Random prompts: a list against groups that each wait for their longest continuation, short
+    ones, some that begin alike, and copies of one."""
     llm.model.args = replace(llm.model.args, max_batch_size=SLOTS)
     chance, (least, most) = random.Random(1), RANGE
 
@@ -304,21 +305,21 @@ def time_lists(llm: LLaMA, figures: dict) -> None:
     steps = [*steps_of(llm, prompts, limits)]
     ratio = took / steps[-1][0]
     what = f"int8: {LISTED} prompts of {least} to {most} tokens, {least} to {most} new ones"
-    say(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
+    report(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
     rate = sum(limits) / steps[-1][0]
-    say(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
-    # The last to get a slot is the last of a step's rows.
-    until = next(n for n, (_, rows) in enumerate(steps, 1) if rows[-1].index == LISTED - 1)
+    report(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
+    # The last to get a slot is the last of a step's requests.
+    until = next(n for n, (_, requests) in enumerate(steps, 1) if requests[-1].index == LISTED - 1)
     pairs = itertools.pairwise([(0, []), *steps[:until]])
-    busy = sum(now - before for (before, _), (now, rows) in pairs if len(rows) == SLOTS)
+    busy = sum(now - before for (before, _), (now, requests) in pairs if len(requests) == SLOTS)
     share = busy / steps[until - 1][0]
-    say(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
+    report(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
 
     def first_tokens(what: str, prompts: list[list[int]], against: float | None = None) -> float:
         list_seconds(llm, prompts, 1)
         took = statistics.median(list_seconds(llm, prompts, 1) for _ in range(REPEATS))
         note = f" ({against / took:.2f}x)" if against else ""
-        say(figures, f"int8: first token of {what}", 1000 * took, "ms", note)
+        report(figures, f"int8: first token of {what}", 1000 * took, "ms", note)
         return took
 
     first_tokens(f"{SLOTS} prompts of {SHORT} tokens", [prompt(SHORT) for _ in range(SLOTS)])
@@ -342,17 +343,17 @@ def list_seconds(llm: LLaMA, prompts: list[list[int]], limits: list[int] | int) 
 
 def steps_of(
     llm: LLaMA, prompts: list[list[int]], limits: list[int]
-) -> Iterator[tuple[float, list[Continuation]]]:
-    """Seconds since the start and the rows that got a token, after each step of a list whose rows
-    each end at their own limit, never at a token."""
+) -> Iterator[tuple[float, list[Request]]]:
+    """Seconds since the start and the requests that got a token, after each step of a list; each
+    request ends at its own limit, never at a token."""
     tokenizer = copy.copy(llm.tokenizer)
     tokenizer.end_ids = ()
-    rows = [
-        Continuation(tokenizer, ids, limit, [], index=place)
+    requests = [
+        Request(tokenizer, ids, limit, [], index=place)
         for place, (ids, limit) in enumerate(zip(prompts, limits))
     ]
     started = time.perf_counter()
-    for drawn in llm._steps(rows, Settings(seed=1), False, None, ()):
+    for drawn in llm._steps(requests, Settings(seed=1), False, None, ()):
         yield time.perf_counter() - started, drawn
 
 
@@ -371,7 +372,7 @@ def left_out(name: str) -> Iterator[None]:
         )
 
 
-def say(figures: dict, name: str, value: float, unit: str, note: str = "") -> None:
+def report(figures: dict, name: str, value: float, unit: str, note: str = "") -> None:
     """Keeps a figure and prints it."""
     figures[f"{name}, {unit}"] = value
     print(f"{name}: {value:.4g} {unit}{note}", flush=True)

@@ -1,44 +1,44 @@
-"""Conversations, written as Llama 2 Chat and Llama 3 Instruct were trained to read them; the
-tokenizer tells which. Messages are dicts of role and content: one by the system may come first,
-then user and assistant take turns, and the user has the last word.
+"""Conversations in the format that Llama 2 Chat or Llama 3 Instruct was trained with (the tokenizer
+tells which). Messages are dicts of role and content: one by the system may come first, then user
+and assistant take turns, and the last is by the user.
 """
 
 from collections.abc import Iterator
 from functools import partial
 
-from llama.continuation import Continuation
+from llama.request import Request
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, check_text
 
 LLAMA_2_TAGS = "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"
-FEWEST_WORDS = 32_000  # in a vocabulary of Meta's; the demo's has 4,096
+FEWEST_WORDS = 32_000  # in Meta's vocabularies; the demo's has 4,096
 
 
 class Chat:
-    """A conversation that goes on with a LLaMA; `messages` is what was said so far, `row` the
-    newest answer with its finish_reason. A decoder keeps keys and values, so that only what is new
-    is prefilled. Errors as those of `LLaMA.chat`."""
+    """A conversation that goes on with a LLaMA. `messages` is what was said so far, `request` has
+    the newest answer and its finish_reason. A decoder keeps keys and values, so that only what is
+    new is prefilled. Errors as those of `LLaMA.chat`."""
 
     def __init__(self, llm, settings: Settings, system: str | None = None):
         self.llm, self.settings, self.system = llm, settings, system
-        self.row: Continuation | None = None
+        self.request: Request | None = None
         self.restart()
         conversation([*self.messages, {"role": "user", "content": ""}], llm)  # does it chat?
         self.decoder = llm.decoder(1, llm.model.args.max_seq_len, settings)
 
     def restart(self) -> None:
-        """Forgets what was said, except by the system."""
+        """Forgets all messages except the system's."""
         by_system = self.system is not None
         self.messages = [{"role": "system", "content": self.system}] if by_system else []
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer in pieces, as they come. As much of it as came is in `messages` afterwards,
-        and the text before it; neither if nothing came."""
+        """Yields the answer in pieces, as they come. Afterwards `messages` has the text and as much
+        of the answer as came; neither if nothing did."""
         messages, said = [*self.messages, {"role": "user", "content": text}], ""
         ids = conversation(messages, self.llm)
         steps = self.llm.steps([ids], self.settings, decoder=self.decoder)
         try:
-            for piece in stripped(self.row.read() for [self.row] in steps):
+            for piece in stripped(self.request.read() for [self.request] in steps):
                 said += piece
                 yield piece
         finally:
@@ -48,14 +48,14 @@ class Chat:
 
 
 def conversation(messages: list[dict[str, str]], llm) -> list[int]:
-    """The ids of messages, up to where the answer of a LLaMA begins. ValueError for what is no
-    conversation, leaves no place for an answer, or is for a model that does not chat."""
+    """The ids of messages, up to where the answer begins. ValueError for what is no conversation or
+    leaves no place for an answer, and for a model that does not chat."""
     if llm.tokenizer.n_words < FEWEST_WORDS and not llm.tokenizer.special:
         raise ValueError(
             "this model does not chat, the demo tells stories: pass a folder of Llama 2 Chat or "
             "Llama 3 Instruct, e.g. --ckpt_dir /w/Llama-3.1-8B-Instruct/original"
         )
-    check(messages)
+    check_messages(messages)
     turns = [(message["role"], message["content"].strip()) for message in messages]
     ids = (llama_3_ids if llm.tokenizer.special else llama_2_ids)(turns, llm.tokenizer)
     if len(ids) >= llm.model.args.max_seq_len:
@@ -90,7 +90,7 @@ def llama_2_ids(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[int]
     return ids + tokenizer.encode(f"[INST] {contents[-1]} [/INST]", bos=True, eos=False)
 
 
-def check(messages: list[dict[str, str]]) -> None:
+def check_messages(messages: list[dict[str, str]]) -> None:
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages is {messages!r:.60}, expected a list of them")
     for i, message in enumerate(messages, 1):

@@ -1,9 +1,9 @@
 """Makes a model from the files of its folder, and writes the folder of its int8 form.
 
 `plan` checks every name, shape and type in the shards against what `params.json` asks for before
-anything long starts. Then `stream` fills tensors in several threads: each reads a block of rows
-from the shards, joins and quantizes it, and moves it to its place. Host memory peaks at a few
-blocks a thread on CUDA and at the finished model on the CPU.
+anything long starts. Then `fill_model` lets several threads each read a block of rows from the
+shards, join and quantize it, and move it to its place. Host memory peaks at a few blocks a thread
+on CUDA and at the finished model on the CPU.
 
 `save_int8` writes a folder of the same kind that is already quantized, one file a layer; loading it
 is reading it. Its names are bitsandbytes': X.weight (int8), X.SCB, X.weight_format (0: by rows).
@@ -34,8 +34,8 @@ from llama.device import use_cores
 from llama.int8 import Int8Linear, allocate, check_finite, check_saved, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.params import INT8_FORMAT, read_params
-from llama.room import GIB, anonymous_bytes, check_room, size, weight_bytes
-from llama.shards import Buffer, Piece, one_line, open_shards, some_of
+from llama.room import GIB, anonymous_bytes, check_room, readable, weight_bytes
+from llama.shards import Buffer, StoredTensor, one_line, open_shards, some_of
 from llama.tokenizer import Tokenizer, read_bytes
 
 # Values that a thread quantizes at once, and threads. 13B on 16 cores: 4.0 to 4.4 s; 2^23: 5.5,
@@ -49,17 +49,20 @@ AHEAD = 4  # weights that load concurrently after the one that is waited for
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 BY_ROWS = 0  # bitsandbytes' weight_format of codes that lie row after row
 
+Shards = dict[str, dict[str, StoredTensor]]  # by the names of file and tensor
+Block = tuple[StoredTensor, ...]  # the same rows of parts that stand side by side
+
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of the model as the shards hold it: rows of pieces that stand side by side."""
+    """One tensor of the model as the shards hold it: rows of parts that stand side by side."""
 
     name: str
-    pieces: list[list[Piece]]
+    parts: list[list[StoredTensor]]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.pieces[0][0].dtype
+        return self.parts[0][0].dtype
 
     @property
     def layer(self) -> int | None:
@@ -67,13 +70,13 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for row in self.pieces for piece in row)
+        return sum(part.nbytes for row in self.parts for part in row)
 
-    def blocks(self, targets: list[Tensor]) -> list[tuple[tuple[Piece, ...], tuple[Tensor, ...]]]:
-        """Blocks of rows: pieces side by side, and the same rows of the targets (of targets_in)."""
+    def blocks(self, targets: list[Tensor]) -> list[tuple[Block, tuple[Tensor, ...]]]:
+        """Blocks, each with the same rows of the targets (of targets_in)."""
         values = VALUES_A_BLOCK if len(targets) == 2 else BYTES_A_BLOCK // self.dtype.itemsize
-        most = max(1, values // sum(math.prod(piece.shape[1:]) for piece in self.pieces[0]))
-        blocks = [block for row in self.pieces for block in zip(*(p.split(most) for p in row))]
+        most = max(1, values // sum(math.prod(part.shape[1:]) for part in self.parts[0]))
+        blocks = [block for row in self.parts for block in zip(*(p.split(most) for p in row))]
         rows = [block[0].shape[0] for block in blocks]
         return list(zip(blocks, zip(*(target.split(rows) for target in targets))))
 
@@ -102,12 +105,13 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     path = ckpt_dir.resolve()
     of_many = path.name == "original"  # as any model's folder on Hugging Face
     name = one_line(f"{path.parent.name}/original" if of_many else path.name)
-    with closing(stream(planned, model, device, dtype, f"Loading {name}")) as done:
+    with closing(fill_model(planned, model, device, dtype, f"Loading {name}")) as done:
         peak = max(before, *(anonymous_bytes() for _ in done))
     model.rotation = rotation_table(args, device)
     print(
         f"Loaded {name} in {time.perf_counter() - started:.1f} s: "
-        f"{size(weight_bytes(model, dtype))} on {device}, host memory peak +{size(peak - before)}",
+        f"{readable(weight_bytes(model, dtype))} on {device}, "
+        f"host memory peak +{readable(peak - before)}",
         file=sys.stderr,
     )
     return model
@@ -115,8 +119,8 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
 
 @torch.inference_mode(False)
 def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Path) -> None:
-    """Writes a model folder's int8 form, whole or not at all: until then it has another name.
-    Host memory peaks at two layers in int8 and a few blocks a thread."""
+    """Writes a model folder's int8 form, which has another name until it is whole. Host memory
+    peaks at two layers in int8 and a few blocks a thread."""
     unfinished = out_dir.with_name(f"{out_dir.name}.unfinished")
     for path in (out_dir, unfinished):
         if os.path.lexists(path):
@@ -134,8 +138,8 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
     needed, free = weight_bytes(model, planned[0].dtype), shutil.disk_usage(disk).free
     if needed > free:
         raise OSError(
-            f"the int8 form needs {size(needed)}, {disk} has {size(free)} free: make room there or "
-            "pass an --out_dir on another disk"
+            f"the int8 form needs {readable(needed)}, {disk} has {readable(free)} free: make room "
+            "there or pass an --out_dir on another disk"
         )
     if (ckpt_dir / "checklist.chk").exists():
         verify(ckpt_dir)
@@ -143,7 +147,7 @@ def save_int8(ckpt_dir: Path, args: ModelArgs, tokenizer: Tokenizer, out_dir: Pa
     unfinished.mkdir(parents=True)
     try:
         title = f"Quantizing {one_line(ckpt_dir.resolve().name)}"
-        with closing(stream(planned, model, torch.device("cpu"), None, title)) as done:
+        with closing(fill_model(planned, model, torch.device("cpu"), None, title)) as done:
             for i, (_, layer) in enumerate(groupby(done, lambda weight: weight.layer)):
                 tensors = {}
                 for weight in layer:
@@ -177,9 +181,9 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def verify(ckpt_dir: Path) -> None:
-    """Compares the shards' md5 sums with those in checklist.chk, as md5sum writes them: one core
-    does 0.6 GB/s of each shard. FileNotFoundError without such a list, ValueError if one differs:
-    shards that changed places look right otherwise."""
+    """Compares the shards' md5 sums with those in checklist.chk, each shard on a core, at 0.6 GB/s.
+    Nothing else notices shards that changed places. FileNotFoundError without a list, ValueError
+    if a sum differs."""
     checklist = ckpt_dir / "checklist.chk"
     if not checklist.is_file():
         raise FileNotFoundError(
@@ -207,7 +211,7 @@ def verify(ckpt_dir: Path) -> None:
 
 
 def hash_block(file: BufferedReader, md5) -> int:
-    """Adds the next bytes of a file to its sum; returns how many."""
+    """Adds the next block of a file to its md5 sum; returns its bytes."""
     try:
         block = file.read(BYTES_A_BLOCK)
     except OSError as error:
@@ -229,14 +233,14 @@ def progress(nbytes: int, title: str) -> tqdm:
     )
 
 
-def holds_int8(shards: dict[str, dict[str, Piece]]) -> bool:
+def holds_int8(shards: Shards) -> bool:
     return any(name.endswith(".SCB") for shard in shards.values() for name in shard)
 
 
-def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight]:
-    """Each tensor of the model once, in its order; ValueError names the first that does not fit,
-    and whatever is missing or left over. Two shards that changed places look right: only `verify`
-    tells. Llama 3.2's files have no output head: it is the embeddings again."""
+def plan(model: Transformer, shards: Shards) -> list[Weight]:
+    """Where each tensor of the model is, in the model's order. ValueError names the first that does
+    not fit, or what is missing or left over. Llama 3.2 has no output head in its files: it is the
+    embeddings again."""
     tied = model.args.use_scaled_rope and not any("output.weight" in s for s in shards.values())
     if tied and not holds_int8(shards):
         for shard in shards.values():
@@ -257,43 +261,43 @@ def plan(model: Transformer, shards: dict[str, dict[str, Piece]]) -> list[Weight
                 f"left over {some_of(extra)}; take both from one model"
             )
     for name, tensor in expected.items():
-        pieces = [shard[name] for shard in shards.values() if name in shard]
+        parts = [shard[name] for shard in shards.values() if name in shard]
         # Model-parallel shards have a matrix's rows, all as wide as it is, or its columns (wo, w2,
         # and embeddings up to Code Llama); norms are the same in every shard.
-        of_rows = pieces[0].shape[-1:] == tensor.shape[-1:]
-        dim = None if len(pieces) == 1 or tensor.dim() < 2 else 0 if of_rows else 1
-        for piece in pieces:
-            check_piece(name, piece, tensor, dim, len(pieces))
+        of_rows = parts[0].shape[-1:] == tensor.shape[-1:]
+        dim = None if len(parts) == 1 or tensor.dim() < 2 else 0 if of_rows else 1
+        for part in parts:
+            check_part(name, part, tensor, dim, len(parts))
         if not name.endswith(".weight_format"):
-            rows = {0: [[piece] for piece in pieces], 1: [pieces], None: [pieces[:1]]}
+            rows = {0: [[part] for part in parts], 1: [parts], None: [parts[:1]]}
             planned.append(Weight(name, rows[dim]))
-        elif pieces[0].read(Buffer()).item() != BY_ROWS:
+        elif parts[0].read(Buffer()).item() != BY_ROWS:
             raise ValueError(f"{name} is not {BY_ROWS} (by rows): quantize the model again")
     return planned
 
 
-def check_piece(name: str, piece: Piece, tensor: Tensor, dim: int | None, of: int):
-    """ValueError unless `of` pieces like this one, joined on dim, make this tensor of the model."""
-    file, shape = piece.path.name, tuple(tensor.shape)
+def check_part(name: str, part: StoredTensor, tensor: Tensor, dim: int | None, of: int) -> None:
+    """ValueError unless `of` parts like this one, joined on dim, make this tensor of the model."""
+    file, shape = part.path.name, tuple(tensor.shape)
     of_int8_form = name.endswith(".SCB") or not tensor.is_floating_point()
     dtypes = (tensor.dtype,) if of_int8_form else FLOATS
-    if piece.dtype not in dtypes:
+    if part.dtype not in dtypes:
         raise ValueError(
-            f"{name} in {file} is {piece.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
+            f"{name} in {file} is {part.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
             "Meta's original checkpoint, or what llama.quantize made of it"
         )
-    together = tuple(n * of if i == dim else n for i, n in enumerate(piece.shape))
-    if name == "tok_embeddings.weight" and len(together) == 2 and shape[0] % (piece.shape[0] or 1):
+    together = tuple(n * of if i == dim else n for i, n in enumerate(part.shape))
+    if name == "tok_embeddings.weight" and len(together) == 2 and shape[0] % (part.shape[0] or 1):
         raise ValueError(
             f"the weights have {together[0]!s:.60} tokens, the tokenizer {shape[0]}: "
             "pass the tokenizer.model that came with these weights"
         )
     if together != shape:
-        count = math.prod(shape) / max(math.prod(piece.shape), 1)
+        count = math.prod(shape) / max(math.prod(part.shape), 1)
         hint = f" (it is one of {count:.0f} shards)" if count in {*range(1, 65)} - {of} else ""
         joined = f" from {of} shards together" if of > 1 else ""
         raise ValueError(
-            f"{name} in {file} is {piece.shape!s:.60}{hint}, but params.json asks for {shape}"
+            f"{name} in {file} is {part.shape!s:.60}{hint}, but params.json asks for {shape}"
             f"{joined}: take all files from one model"
         )
 
@@ -302,7 +306,7 @@ def targets_in(
     model: Transformer, weight: Weight, device: torch.device, dtype: torch.dtype | None
 ) -> list[Tensor]:
     """The tensors of the model that a weight fills: one of values, in the weight's own type if
-    dtype is None, or a layer's codes and scales. Made here, unless the layer has them already."""
+    dtype is None, or a layer's codes and scales; made here if the layer has none yet."""
     path, attribute = weight.name.rsplit(".", 1)
     module = model.get_submodule(path)
     if not isinstance(module, Int8Linear):
@@ -317,7 +321,7 @@ def targets_in(
     return [module.state.SCB] if attribute == "SCB" else [module.state.CB, module.state.SCB]
 
 
-def stream(
+def fill_model(
     planned: list[Weight],
     model: Transformer,
     device: torch.device,
@@ -325,7 +329,7 @@ def stream(
     title: str,
 ) -> Iterator[Weight]:
     """Fills the model's tensors (see targets_in) in several threads, and yields each weight, in
-    order, when it is in its place. ValueError as from fill."""
+    order, when it is in its place. ValueError as from fill_block."""
     threads = min(torch.get_num_threads(), MOST_THREADS)
     buffers = [Buffer(), Buffer(), Buffer(pinned=True), Buffer(pinned=True)]
     running = deque()
@@ -334,7 +338,7 @@ def stream(
         try:
             for weight in planned:
                 blocks = weight.blocks(targets_in(model, weight, device, dtype))
-                jobs = [pool.submit(fill, buffers, weight.name, *block) for block in blocks]
+                jobs = [pool.submit(fill_block, buffers, weight.name, *block) for block in blocks]
                 running.append((weight, jobs))
                 while len(running) > (0 if weight is planned[-1] else AHEAD):
                     done, jobs = running.popleft()
@@ -349,7 +353,7 @@ def stream(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tuple[Tensor, ...]):
+def fill_block(buffers: list[Buffer], name: str, block: Block, targets: tuple[Tensor, ...]) -> None:
     """Loads one block of a weight into its targets, as values or as codes and scales, by way of
     pinned memory on CUDA. ValueError if a value is not finite, or not as quantize makes it."""
     to_read, to_join, *pinned = buffers
@@ -362,9 +366,9 @@ def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tu
         block[0].read_into(out)
     else:
         values = to_join.view(out.shape, torch.float32) if quantizes else out
-        for piece, part in zip(block, values.split([piece.shape[-1] for piece in block], -1)):
-            read = piece.read(to_read)
-            part.copy_(read.half() if quantizes else read)
+        for part, columns in zip(block, values.split([part.shape[-1] for part in block], -1)):
+            read = part.read(to_read)
+            columns.copy_(read.half() if quantizes else read)
     try:
         if quantizes:
             quantize(values, *here)
@@ -373,7 +377,7 @@ def fill(buffers: list[Buffer], name: str, block: tuple[Piece, ...], targets: tu
         else:
             check_finite(*out.aminmax())
     except ValueError as error:
-        files = " or ".join(piece.path.name for piece in block)
+        files = " or ".join(part.path.name for part in block)
         raise ValueError(f"{name} in {files} {error}: the file is damaged") from None
     for target, source in zip(targets, here):
         if target.is_cuda:

@@ -1,7 +1,7 @@
 """Runs the commands: fire makes flags out of a signature, and every error is one line on stderr.
 
-Fire starts a program before it finds a misspelt flag, takes the last of two equal flags and guesses
-what is a value. So `arguments` checks the command line first and spells each flag as --name=value.
+Fire finds a misspelt flag only after the program has run, takes the last of two equal flags and
+guesses types. So `arguments` checks the command line first and writes each flag as --name=value.
 """
 
 import ast
@@ -57,7 +57,7 @@ def run(command: Callable[..., None]) -> None:
 
 
 def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The words of a command line as one --name=value a flag; ValueError for a mistake in them."""
+    """The words of a command line, each flag as --name=value; ValueError for a mistake."""
     words, given = list(words), {}
     required = [name for name, flag in flags.items() if flag.default is flag.empty]
     while words:
@@ -85,7 +85,7 @@ def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[
 
 
 def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
-    """The flag that a word such as --max-gen-len, or -c where no other begins with c, names."""
+    """The flag that a word such as --max-gen-len names, or -c if no other begins with c."""
     name = written.lstrip("-").replace("-", "_")
     if not (name and written.startswith("-")):
         values = {"prompt": "TEXT", "size": "13B", "ckpt_dir": "FOLDER"}
@@ -119,7 +119,7 @@ def parse(flag: inspect.Parameter, value: str) -> Any:
 
 
 def read_text(path: str) -> str:
-    """The text of a file, or of standard input for -, without the line end that is its last."""
+    """The text of a file, or of standard input for -, without a line end at its end."""
     file = Path(os.path.expanduser(path))
     if path != "-" and (file.is_dir() or not file.exists()):
         found = "is a folder" if file.is_dir() else "does not exist"

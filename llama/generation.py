@@ -2,19 +2,16 @@
 `chat` answers in a conversation, `score` says how likely a text is.
 
 A prompt becomes ids, which go into a slot of a `Decoder` as soon as one is free; once they are
-prefilled, each step gives every slot its next id, and a `Continuation` turns them into text. Each
+prefilled, each step gives every slot its next id, and a `Request` turns them into text. Each
 call has its own state, so that calls may be abandoned or interleaved. Threads may share a model:
 they take turns, a step at a time.
 """
 
 import os
-import sys
 import threading
-import traceback
 import warnings
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -25,20 +22,16 @@ from torch import Tensor
 
 from llama import checkpoint, room
 from llama.chat import conversation, stripped
-from llama.continuation import Completion, Continuation, completions, pieces
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
-from llama.device import pick_device, pick_engine, use_cores
+from llama.device import ONE_CORE, at_work, forgetting, pick_device, pick_engine
 from llama.model import Transformer
-from llama.params import read_model
-from llama.sampling import NOT_FINITE, next_token
+from llama.params import model_folder, read_model
+from llama.request import Completion, Request, completions, pieces
+from llama.sampling import NOT_FINITE, next_token, uniform_numbers
 from llama.settings import Settings
-from llama.tokenizer import Tokenizer, encode
+from llama.tokenizer import Tokenizer, encode_all
 
-DEMO = Path(__file__).parent / "demo"
-SHARED = 32  # tokens that all prompts begin with, from which on they are prefilled apart, once
-# Weights below which one core of a CPU is as fast as several, and several are slowed down by any
-# other program: the demo, 180 tokens/s, had 6 on two cores beside a busy process, 147 on one.
-ONE_CORE = 2**24
+SHARED = 32  # fewest tokens at the beginning of all prompts that get a prefill of their own
 NOT_FINITE_LOGITS = (
     "the model computed logits that are not finite: the weights are damaged or overflow fp16"
 )
@@ -66,7 +59,7 @@ class LLaMA:
         engine: str = "triton",
         verify: bool = False,
     ) -> "LLaMA":
-        """Loads a model folder in Meta's format; without a folder, the small demo model.
+        """Loads a model folder in Meta's format, or the small demo model.
 
         Progress goes to stderr. OSError, ValueError, MemoryError or ImportError say in one sentence
         what is wrong, before loading starts where possible.
@@ -93,11 +86,10 @@ class LLaMA:
             checkpoint.verify(folder)
         if engine == "triton" and target.type == "cuda" and use_int8:
             engine = pick_engine(target, args.head_dim)
-        before = sys.exc_info()[1]
         try:
-            model = checkpoint.load(folder, args, target, use_int8)
+            with forgetting():
+                model = checkpoint.load(folder, args, target, use_int8)
         except BaseException as error:
-            forget(error, before)
             torch.cuda.empty_cache()  # does nothing where CUDA was not started
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -123,10 +115,10 @@ class LLaMA:
     ) -> list[str]:
         """Returns each prompt followed by its continuation, in order.
 
-        max_batch_size of them go on at a time, or fewer where memory is short; when one ends, the
-        next takes its place. Between two tokens of those that go on, at most 512 tokens of new
-        prompts are read. What all begin with is computed once, and then rounded a little
-        differently than in each alone; so `[prompt] * n` reads a prompt once for n continuations.
+        Up to max_batch_size are continued at a time, fewer where memory is short; when one ends,
+        the next takes its place. Between two tokens of those that run, at most 512 tokens of new
+        prompts are prefilled. A beginning that all share is prefilled once, and rounded a little
+        differently than in each alone: `[prompt] * n` gives n continuations of one prefill.
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a
@@ -148,23 +140,24 @@ class LLaMA:
         """
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
-        results = in_order(completions(self.steps(prompts, settings)))
+        results = sorted(completions(self.steps(prompts, settings)), key=attrgetter("index"))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         return [text + result.text for text, result in zip(texts, results)]
 
     def complete(
         self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
     ) -> list[Completion]:
-        """What came of each prompt, in order: texts, token ids, why they ended and how long they
-        took. Settings has the arguments of `generate`, whose errors these are. With logprobs they
-        have those of their tokens, as the model gave them, before temperature and penalty."""
-        return in_order(completions(self.steps(prompts, settings, logprobs)))
+        """The result of each prompt, in order: text, token ids, why it ended and how long it took;
+        with logprobs also the log-probability of each token, as the model gave it, before
+        temperature and penalty. Settings and errors are those of `generate`."""
+        results = completions(self.steps(prompts, settings, logprobs))
+        return sorted(results, key=attrgetter("index"))
 
     def completions(
         self, prompts: list[str | list[int]], settings: Settings, logprobs: bool = False
     ) -> Iterator[Completion]:
-        """Yields what `complete` returns, each as soon as it has ended; its `index` is the place
-        of its prompt. Errors of settings and prompts come at once."""
+        """Yields what `complete` returns, each result as soon as its prompt has ended; `index` says
+        which prompt that is. Errors of settings and prompts come at once."""
         return completions(self.steps(prompts, settings, logprobs))
 
     def chat(
@@ -181,9 +174,9 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> str:
-        """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, each a dict of role
-        and content: a system's may come first, then user and assistant take turns, the user last.
-        Settings and errors are those of `generate`; ValueError too for a model without chat."""
+        """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, dicts of role and
+        content: one by the system may come first, then user and assistant take turns, and the last
+        is by the user. Settings and errors are those of `generate`; ValueError for other models."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         [answer] = completions(self.steps([conversation(messages, self)], settings))
@@ -203,15 +196,14 @@ class LLaMA:
         top_k: int = 0,
         min_p: float = 0.0,
     ) -> Iterator[str]:
-        """The continuation of one prompt in pieces, as they come. Joined they are what `generate`
-        adds to the prompt; none is part of a character or taken back. Of messages, as `chat` takes
-        them, they are the answer. Settings and errors are those of `generate`; a wrong setting or
-        prompt raises at once."""
+        """Yields the continuation of a prompt in pieces, as they come; joined they are what
+        `generate` adds to it. No piece is part of a character or taken back. For messages, as for
+        `chat`, it yields the answer. Settings and errors are those of `generate`; a wrong setting
+        or prompt raises at once."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
         if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
-            ids = conversation(prompt, self)
-            return stripped(pieces(self.steps([ids], settings)))
+            return stripped(pieces(self.steps([conversation(prompt, self)], settings)))
         return pieces(self.steps([prompt], settings))
 
     def steps(
@@ -221,111 +213,94 @@ class LLaMA:
         logprobs: bool = False,
         decoder: Decoder | None = None,
         skip: Container[int] = (),
-    ) -> Iterator[list[Continuation]]:
-        """Yields after every step the Continuations that it gave a token, in the order of their
-        prompts; each comes for the last time when it has ended. What is at places to `skip` of the
-        list is not continued and changes nothing for the others. A decoder that is passed goes on
-        from what its cache holds of the one prompt, and stays open. See `completions`."""
+    ) -> Iterator[list[Request]]:
+        """Yields after every step the requests that it gave a token, in the order of their
+        prompts; each comes for the last time when it has ended. Prompts at places of the list that
+        are in `skip` are not continued, which changes nothing for the others. A decoder that is
+        passed goes on from what its cache holds of the one prompt, and stays open. Errors of
+        settings and prompts come at once."""
         limit, of_model = settings.max_gen_len, self.model.args.max_seq_len
-        all_ids = encode(prompts, self.tokenizer, of_model)
+        all_ids = encode_all(prompts, self.tokenizer, of_model)
         if limit > of_model:
             warnings.warn(
                 f"max_gen_len is {limit}, but prompt and continuation end at max_seq_len, "
                 f"{of_model} tokens: raise max_seq_len for longer ones",
                 stacklevel=3,
             )
-        rows = [
-            Continuation(
+        requests = [
+            Request(
                 self.tokenizer, ids, min(limit, of_model - len(ids)), settings.stop, prompt, index
             )
             for index, (prompt, ids) in enumerate(zip(prompts, all_ids))
         ]
-        return self._steps(rows, settings, logprobs, decoder, skip)
+        return self._steps(requests, settings, logprobs, decoder, skip)
 
     def _steps(
         self,
-        rows: list[Continuation],
+        requests: list[Request],
         settings: Settings,
         logprobs: bool,
         kept: Decoder | None,
         skip: Container[int],
-    ) -> Iterator[list[Continuation]]:
+    ) -> Iterator[list[Request]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
-        if full := [row for row in rows if not row.limit and row.index not in skip]:
+        wanted = [request for request in requests if request.index not in skip]
+        if full := [request for request in wanted if not request.limit]:
             yield full
-        rows = [row for row in rows if row.limit]
-        waiting = deque(row for row in rows if row.index not in skip)
+        waiting = deque(request for request in wanted if request.limit)
         if not waiting:
             return
         # The whole list decides these, so that what is skipped changes no number.
-        length = max(len(row.prompt_ids) + row.limit for row in rows)
-        slots = 1 if kept else self._slots(len(rows), length)
-        shared = common_beginning([row.prompt_ids for row in rows])
-        going: dict[int, Continuation] = {}  # by slot
+        requests = [request for request in requests if request.limit]
+        length = max(len(request.prompt_ids) + request.limit for request in requests)
+        with self._turn():
+            slots = 1 if kept else room.slots_that_fit(self.model, len(requests), length)
+        shared = common_beginning([request.prompt_ids for request in requests])
+        running: dict[int, Request] = {}  # by slot
         decoder = kept
         try:
             decoder = kept or self.decoder(slots, length, settings, logprobs)
             if shared:
                 with self._turn():
                     decoder.share(shared)
-            while waiting or going:
-                free = [slot for slot in range(slots) if slot not in going]
+            while waiting or running:
+                free = [slot for slot in range(slots) if slot not in running]
                 with self._turn():
                     for slot in free[: len(waiting)]:
-                        row = going[slot] = waiting.popleft()
-                        row.begin()
-                        uniform = uniform_numbers(seed, row.index, row.limit)
-                        start = kept.cached(slot, row.prompt_ids) if kept else len(shared)
-                        decoder.begin(slot, row.prompt_ids, uniform, start)
+                        request = running[slot] = waiting.popleft()
+                        request.begin()
+                        uniform = uniform_numbers(seed, request.index, request.limit)
+                        start = kept.cached(slot, request.prompt_ids) if kept else len(shared)
+                        decoder.begin(slot, request.prompt_ids, uniform, start)
                     drawn = decoder.step()
-                begun = [slot for slot in going if slot not in decoder.queue]
-                for slot in begun:
+                prefilled = [slot for slot in running if slot not in decoder.queue]
+                for slot in prefilled:
                     id, *logprob = (values[slot] for values in drawn)
                     if id == NOT_FINITE:
                         raise FloatingPointError(NOT_FINITE_LOGITS)
-                    going[slot].add(id, *logprob)
-                if begun:
-                    yield [going[slot] for slot in begun]
-                going = {slot: row for slot, row in going.items() if row.finish_reason is None}
+                    running[slot].add(id, *logprob)
+                if prefilled:
+                    yield [running[slot] for slot in prefilled]
+                for slot in prefilled:
+                    if running[slot].finish_reason:
+                        del running[slot]
         except torch.OutOfMemoryError:
-            raise self._too_big(slots, length) from None
+            raise room.too_big(self.model, slots, length) from None
         finally:
             if decoder is not kept:
                 decoder.close()
 
-    def _slots(self, sequences: int, length: int) -> int:
-        """How many sequences of this length are continued at once: max_batch_size, or as many as
-        fit, with a warning; 1 if none does, which `decoder` refuses."""
-        dtype, free = self.model.tok_embeddings.weight.dtype, room.free_bytes(self._device)
-        wanted = min(sequences, self.model.args.max_batch_size)
-
-        def taken(slots: int) -> int:
-            need = room.need(self.model, slots, length, dtype)
-            return need.cache + need.work
-
-        with self._turn():
-            fit = wanted
-            if taken(wanted) > free:
-                fit = bisect_right(range(1, wanted), free, key=taken)
-        if 0 < fit < wanted:
-            warnings.warn(
-                f"{wanted} sequences of {length} tokens need {taken(wanted) / room.GIB:.1f} GiB, "
-                f"{self._device} has {free / room.GIB:.1f} GiB free: {fit} at a time are continued",
-                stacklevel=2,
-            )
-        return max(fit, 1)
-
     def decoder(
         self, slots: int, length: int, settings: Settings, logprobs: bool = False
     ) -> Decoder:
-        """For so many sequences of at most `length` tokens; MemoryError unless they fit."""
+        """A decoder for sequences of at most `length` tokens; MemoryError unless its cache fits."""
         pick = partial(next_token, settings=settings)
         try:
             with self._turn():
-                self.check_room(slots, length)
+                room.check_cache(self.model, slots, length)
                 return Decoder(self.model, self.engine, slots, length, pick, logprobs)
         except torch.OutOfMemoryError:
-            raise self._too_big(slots, length) from None
+            raise room.too_big(self.model, slots, length) from None
 
     def score(self, texts: list[str]) -> list[list[float]]:
         """The log-probability of each token of each text: one for each of
@@ -335,7 +310,7 @@ class LLaMA:
         and MemoryError as `generate`.
         """
         scores = []
-        for ids in encode(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
+        for ids in encode_all(texts, self.tokenizer, self.model.args.max_seq_len, "text"):
             scores.append([])
             following = torch.tensor(ids[1:], device="cpu")
             for logits in self.logits(ids[:-1]):
@@ -345,7 +320,7 @@ class LLaMA:
         return scores
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Float32 logits of what follows each of ids, in order: (n, V), those of a pass at once."""
+        """Float32 logits of what follows each of ids, in order: those of a pass at once, (n, V)."""
         if not ids:
             return
         engine = passes = None
@@ -364,57 +339,20 @@ class LLaMA:
                 yield logits
         except torch.OutOfMemoryError:
             raise MemoryError(
-                f"{self._device} ran out of memory over a text of {len(ids)} tokens: shorten it"
+                f"{self.device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
         finally:
             del engine, passes
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One thread's turn at the model: on its device (torch and Triton by themselves would work
-        on cuda:0), and exact, though the program around it may be in an autocast."""
-        device = self._device
-        on_device = torch.accelerator.device_index(device.index)  # does nothing on the CPU
-        exact = torch.autocast(device.type, enabled=False)
-        before = sys.exc_info()[1]
-        with self._lock, on_device, exact, torch.inference_mode():
-            cores = use_cores(self._cores or torch.get_num_threads())
-            try:
-                yield
-            except BaseException as error:
-                forget(error, before)
-                raise
-            finally:
-                use_cores(cores)
-
-    def check_room(self, sequences: int, length: int) -> None:
-        """MemoryError unless keys and values of so many sequences of this length fit."""
-        args, weight = self.model.args, self.model.tok_embeddings.weight
-        if room.cache_bytes(args, sequences, length, weight.dtype) > room.free_bytes(weight.device):
-            raise self._too_big(sequences, length)
-
-    def _too_big(self, sequences: int, length: int) -> MemoryError:
-        args, weight = self.model.args, self.model.tok_embeddings.weight
-        need = room.cache_bytes(args, sequences, length, weight.dtype) / room.GIB
-        free = room.free_bytes(weight.device) / room.GIB
-        return MemoryError(
-            f"{sequences} x {length} tokens need {need:.1f} GiB for keys and values and some for "
-            f"work, {weight.device} has {free:.1f} GiB free: lower --max_batch_size or "
-            "--max_gen_len"
-        )
-
-
-def forget(error: BaseException | None, before: BaseException | None) -> None:
-    """Clears the variables of the frames that an error came through: IPython keeps the last
-    exception, and they would keep the weights or the KV cache in memory. What was already being
-    handled `before` stays as it is."""
-    while error and error is not before:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+        """One thread's turn at the model."""
+        with self._lock, at_work(self.device, self._cores), forgetting():
+            yield
 
 
 def check_prompts(
@@ -424,36 +362,12 @@ def check_prompts(
     max_seq_len: int = 512,
 ) -> None:
     """Raises what `generate` would raise for these prompts, without loading any weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `build` will give them
-        folder = model_folder(ckpt_dir)
-        args, tokenizer = read_model(folder, tokenizer_path, max_seq_len=max_seq_len)
-    encode(prompts, tokenizer, args.max_seq_len)
-
-
-def model_folder(ckpt_dir: str | Path | None) -> Path:
-    if ckpt_dir is None:
-        return DEMO
-    if not (ckpt_dir and isinstance(ckpt_dir, str | Path)):
-        raise ValueError(
-            f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
-        )
-    return Path(os.path.expanduser(ckpt_dir))
-
-
-def in_order(results: Iterable[Completion]) -> list[Completion]:
-    return sorted(results, key=attrgetter("index"))
+    args, tokenizer = read_model(model_folder(ckpt_dir), tokenizer_path, max_seq_len=max_seq_len)
+    encode_all(prompts, tokenizer, args.max_seq_len)
 
 
 def common_beginning(prompts: list[list[int]]) -> list[int]:
-    """The ids that all of several prompts begin with, the last id of each left out, whose logits
-    are needed; none if they are not worth a prefill of their own."""
+    """The ids that all of several prompts begin with, but not a prompt's last id, whose logits are
+    needed; none if they are too few to be worth a prefill of their own."""
     shared = os.path.commonprefix([ids[:-1] for ids in prompts])
     return shared if len(prompts) > 1 and len(shared) >= SHARED else []
-
-
-def uniform_numbers(seed: int, place: int, count: int) -> Tensor:
-    """(count,) in [0, 1) for the prompt at this place of a list: seed and place alone decide."""
-    generator = torch.Generator("cpu")
-    generator.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)  # neighbours far apart
-    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")

@@ -1,16 +1,12 @@
-"""Estimates a model's GPU memory before it is loaded: python -m llama.memory --size 13B
-
-Counts from the shapes alone, in int8 and in fp16, beside what is free.
-"""
+"""Estimates a model's GPU memory from its shapes: python -m llama.memory --size 13B"""
 
 import torch
 from torch import nn
 
 from llama.cli import run
-from llama.generation import model_folder
 from llama.int8 import Int8Linear
 from llama.model import ModelArgs, Transformer
-from llama.params import model_args, read_model
+from llama.params import model_args, model_folder, read_model
 from llama.room import GIB, free_bytes, need
 
 GROUPED = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "norm_eps": 1e-5}

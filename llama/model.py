@@ -106,13 +106,13 @@ def rotation_table(args: ModelArgs, device: torch.device) -> Tensor:
     pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float64, device=device)
     frequencies = args.rope_theta ** (-pairs / args.head_dim)
     if args.use_scaled_rope:
-        frequencies = scale(frequencies, args.rope_factor)
+        frequencies = scale_frequencies(frequencies, args.rope_factor)
     positions = torch.arange(args.max_seq_len, dtype=torch.float64, device=device)
     angles = torch.outer(positions, frequencies)
     return torch.stack([angles.cos(), angles.sin()], -1).float()
 
 
-def scale(frequencies: Tensor, factor: float) -> Tensor:
+def scale_frequencies(frequencies: Tensor, factor: float) -> Tensor:
     """Divides by factor the frequencies that make less than one turn in the short context, leaves
     those that make more than four, and goes from one to the other linearly in the number of turns
     (apply_scaling in models/llama3/model.py of github.com/meta-llama/llama-models)."""

@@ -1,6 +1,7 @@
 """Reads what model a folder holds: `params.json` and the tokenizer, checked."""
 
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from llama.settings import check_fields
 from llama.shards import one_line, some_of
 from llama.tokenizer import Tokenizer, read_bytes
 
+DEMO = Path(__file__).parent / "demo"
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
 LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
 OTHER_FORMATS = {".safetensors": "safetensors, as Hugging Face has them", ".gguf": "a GGUF file"}
-# The keys of params.json that the models have which this program does not run.
+# Keys of params.json that tell models which this program does not run.
 OTHER_MODELS = {
     "vision_": "a model that sees images",
     "quantization_args": "a model that Meta quantized",
@@ -31,11 +33,22 @@ RANGES = {
 LIMITS = {"max_batch_size": (int, 1, 2**20), "max_seq_len": (int, 1, 2**20)}
 
 
+def model_folder(ckpt_dir: str | Path | None) -> Path:
+    """The path of a model folder; without one, of the demo model."""
+    if ckpt_dir is None:
+        return DEMO
+    if not (ckpt_dir and isinstance(ckpt_dir, str | Path)):
+        raise ValueError(
+            f"ckpt_dir is {ckpt_dir!r:.60}, expected the model folder, e.g. --ckpt_dir /w/13B"
+        )
+    return Path(os.path.expanduser(ckpt_dir))
+
+
 def read_model(
     ckpt_dir: Path, tokenizer_path: str | Path | None, **limits: int
 ) -> tuple[ModelArgs, Tokenizer]:
-    """Limits are max_seq_len and max_batch_size. Without a path, the tokenizer is the one in the
-    folder or, as Meta has it, beside it. Errors as those of read_params, model_args, Tokenizer."""
+    """Limits are max_seq_len and max_batch_size. Without a path, the tokenizer is looked for in the
+    folder and, where Meta has it, beside it. Errors of read_params, model_args and Tokenizer."""
     params = read_params(ckpt_dir)
     if tokenizer_path is None:
         near = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
@@ -68,7 +81,7 @@ def read_params(ckpt_dir: Path) -> dict:
 
 
 def what_it_is(path: Path) -> str:
-    """A sentence about a path that is no folder with shards, and what to pass instead."""
+    """Says what a path is that is no folder of shards, and what to pass instead."""
     models = sorted(shard.parent for shard in path.glob("*/consolidated.*.pth"))
     example = one_line(str(models[0]), 160) if models else "/w/13B"
     instead = f"pass the model folder, e.g. --ckpt_dir {example}"
@@ -86,8 +99,8 @@ def what_it_is(path: Path) -> str:
 
 
 def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
-    """ValueError for what is missing, what no LLaMA can have, and what it does not know: that may
-    change the result. Not so the limits of a session, which some files have: they are ours."""
+    """Checks params. ValueError for a key that is missing, impossible, or unknown, which might
+    change the result. The limits that some files hold do not count: ours do."""
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")

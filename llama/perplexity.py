@@ -2,10 +2,10 @@
 
 Windows of a text are scored in floating point (fp16, on a CPU float32) and in int8, on CUDA with
 each engine. Perplexity is exp of the mean negative log-probability of a token. The Kullback-Leibler
-divergence (p log(p / q) summed over the vocabulary, p in floating point) and how often both rank
-the same token first show a difference with less text. Intervals of 95 % come from resampling
-whole windows. The log-probabilities in floating point wait in host memory: 2 GiB for 32 windows of
-512 tokens.
+divergence (p log(p / q) summed over the vocabulary, p in floating point) and the share of tokens
+that both rank first need less text to show a difference. Intervals of 95 % come from resampling
+whole windows. Host memory holds the distributions in floating point: 2 GiB for 32 windows of 512
+tokens.
 """
 
 import gc
@@ -68,18 +68,15 @@ def draw(path: Path, title: str, base: str, found: dict[str, Tensor]) -> None:
     """Saves a picture of how much int8 changes the log-probability of each token."""
     from matplotlib.figure import Figure
 
-    figure = Figure((10, 4), layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    scatter, histogram = figure.subplots(1, 2)
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
     for name, values in found.items():
         loss, change = values.flatten(1)[:2]
-        scatter.scatter(change - loss, -change, s=3, alpha=0.3, label=name)
-        histogram.hist(-change, bins=100, histtype="step", log=True, label=name)
-    scatter.axhline(0, color="black", linewidth=0.8)
-    histogram.axvline(0, color="black", linewidth=0.8)
-    scatter.set(xlabel=f"log-probability of a token in {base}", ylabel="added by int8")
-    histogram.set(xlabel=f"added by int8 to the log-probability in {base}", ylabel="tokens")
-    scatter.legend()
+        axes.scatter(change - loss, -change, s=3, alpha=0.3, label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel=f"log-probability of a token in {base}", ylabel="added by int8")
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -111,7 +108,7 @@ def main(
 
     options = {"max_seq_len": window, "max_batch_size": 1, "device": device}
     llm = LLaMA.build(ckpt_dir, tokenizer_path, **options, use_int8=False)
-    on = llm.model.tok_embeddings.weight.device
+    on = llm.device
     base = "fp16" if on.type == "cuda" else "float32"
     ids = llm.tokenizer.encode(content, bos=False, eos=False)
     if not ids:

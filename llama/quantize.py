@@ -1,7 +1,6 @@
 """Saves a model's int8 form: python -m llama.quantize --ckpt_dir /w/13B --out_dir /w/13B_int8
 
-It is a model folder like any other, half as large, which loads without quantizing. No GPU is
-needed.
+It is a model folder of half the size, which loads without quantizing. No GPU is needed.
 """
 
 import os

@@ -1,12 +1,13 @@
-"""What a model takes, and whether it fits.
+"""How much memory a model takes, and whether it fits.
 
-Everything is counted before anything is read: the weights, the keys and values of a number of
-sequences, and the buffers that a step works in, by making them on the meta device. On CUDA the
-counts are those of torch's pool, which is what the driver sees; CUDA's own context comes on top.
+Weights, keys and values, and the buffers of a step are counted before anything is read, by making
+them on the meta device. The counts are of what torch's CUDA pool takes from the driver; CUDA's own
+context comes on top.
 """
 
 import sys
 import warnings
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,8 @@ from llama.model import KVCache, ModelArgs, Transformer
 
 GIB = 2**30
 META = torch.device("meta")
-# Torch's CUDA pool asks the driver for whole multiples of this for tensors beyond 10 MiB
-# (c10/cuda/CUDACachingAllocator.h: kRoundLarge, kMinLargeAlloc). What it asks for smaller ones is
-# shared and too little to count.
+# For a tensor of more than POOL_LARGE bytes, torch's CUDA pool takes whole multiples of POOL_ROUND
+# (kMinLargeAlloc and kRoundLarge in c10/cuda/CUDACachingAllocator.h); smaller ones share.
 POOL_ROUND = 2 * 2**20
 POOL_LARGE = 10 * 2**20
 SAMPLING = 64  # bytes a logit: probabilities, their order and sums, in and beside a graph
@@ -40,8 +40,8 @@ class Need:
 
 
 def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Need:
-    """For `batch` sequences of `length` tokens; the model may be on the meta device. Work is what
-    a pass of their prefill takes at its peak, in int8 on CUDA, and a step of the batch."""
+    """For `batch` sequences of `length` tokens; the model may be on the meta device. Work is the
+    buffers of a prefill pass in int8 on CUDA, and of a step."""
     args = model.args
     rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
     cache = KVCache(args, batch, length, dtype, META)
@@ -56,7 +56,7 @@ def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Nee
 
 
 def weight_sizes(model: Transformer, dtype: torch.dtype) -> list[int]:
-    """Bytes of each tensor that the loader makes, dtype being that of weights that are not int8."""
+    """Bytes of each tensor that the loader makes; dtype is that of weights that are not int8."""
     sizes = [
         parameter.numel() * dtype.itemsize
         for module in model.modules()
@@ -85,35 +85,65 @@ def nbytes(buffers) -> int:
 
 
 def pooled(count: int) -> int:
-    """Bytes that torch's pool takes for a tensor of so many."""
+    """Bytes that torch's pool takes for a tensor of `count` bytes."""
     return -(-count // POOL_ROUND) * POOL_ROUND if count > POOL_LARGE else count
 
 
 def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """MemoryError unless the model and one sequence of max_seq_len fit on the device; a warning if
-    max_batch_size sequences do not."""
-    args, free = model.args, free_bytes(device)
-    one = need(model, 1, args.max_seq_len, dtype)
+    """MemoryError unless the model and one sequence of max_seq_len fit on the device."""
+    length, free = model.args.max_seq_len, free_bytes(device)
+    one = need(model, 1, length, dtype)
     if one.total > free:
         raise MemoryError(
             f"the model needs {one.weights / GIB:.1f} GiB for weights and "
-            f"{(one.total - one.weights) / GIB:.1f} GiB for one sequence of max_seq_len = "
-            f"{args.max_seq_len} tokens, but {device} has {free / GIB:.1f} GiB free: lower "
-            "--max_seq_len, keep --use_int8=True, or take a smaller model"
+            f"{(one.total - one.weights) / GIB:.1f} GiB for one sequence of max_seq_len = {length} "
+            f"tokens, but {device} has {free / GIB:.1f} GiB free: lower --max_seq_len, keep "
+            "--use_int8=True, or take a smaller model"
         )
-    every = need(model, args.max_batch_size, args.max_seq_len, dtype)
-    if every.total > free:
+
+
+def slots_that_fit(model: Transformer, sequences: int, length: int) -> int:
+    """How many sequences of this length a loaded model continues at once: all up to max_batch_size,
+    or, with a warning, as many as fit; 1 if none does, which `check_cache` refuses."""
+    weight, wanted = model.tok_embeddings.weight, min(sequences, model.args.max_batch_size)
+    free = free_bytes(weight.device)
+
+    def taken(slots: int) -> int:
+        needed = need(model, slots, length, weight.dtype)
+        return needed.cache + needed.work
+
+    if taken(wanted) <= free:
+        return wanted
+    fit = bisect_right(range(1, wanted), free, key=taken)
+    if fit:
         warnings.warn(
-            f"{args.max_batch_size} sequences of {args.max_seq_len} tokens need "
-            f"{(every.total - every.weights) / GIB:.1f} GiB, {device} has "
-            f"{(free - every.weights) / GIB:.1f} GiB beside the weights: fewer will be "
-            "continued at once (see python -m llama.memory)",
-            stacklevel=5,  # of whoever called LLaMA.build
+            f"{wanted} sequences of {length} tokens need {taken(wanted) / GIB:.1f} GiB, "
+            f"{weight.device} has {free / GIB:.1f} GiB free: {fit} at a time are continued",
+            stacklevel=2,
         )
+    return max(fit, 1)
+
+
+def check_cache(model: Transformer, sequences: int, length: int) -> None:
+    """MemoryError unless keys and values of so many sequences fit beside a loaded model."""
+    weight = model.tok_embeddings.weight
+    if cache_bytes(model.args, sequences, length, weight.dtype) > free_bytes(weight.device):
+        raise too_big(model, sequences, length)
+
+
+def too_big(model: Transformer, sequences: int, length: int) -> MemoryError:
+    """The error for sequences that do not fit, whether counted or found out."""
+    weight = model.tok_embeddings.weight
+    needed = cache_bytes(model.args, sequences, length, weight.dtype) / GIB
+    return MemoryError(
+        f"{sequences} x {length} tokens need {needed:.1f} GiB for keys and values and some for "
+        f"work, {weight.device} has {free_bytes(weight.device) / GIB:.1f} GiB free: lower "
+        "--max_batch_size or --max_gen_len"
+    )
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process can still take: on CUDA what the driver and torch's own pool have free."""
+    """What this process can still take; on CUDA from the driver and from torch's own pool."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -122,7 +152,7 @@ def free_bytes(device: torch.device) -> int:
 
 def anonymous_bytes() -> int:
     """Host memory of this process that no file backs, and what torch has pinned for copies to CUDA,
-    which the kernel does not count so; 0 where neither tells."""
+    which Linux counts apart; 0 where neither tells."""
     stats = torch.cuda.host_memory_stats() if torch.cuda.is_initialized() else {}
     pinned = stats.get("allocated_bytes.current", 0)
     return _kernel_says("/proc/self/status", "RssAnon") + pinned
@@ -136,6 +166,6 @@ def _kernel_says(file: str, key: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def size(count: int) -> str:
-    """Bytes in GiB or MiB, for a person."""
+def readable(count: int) -> str:
+    """Bytes as GiB or MiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

@@ -1,7 +1,7 @@
 """Logits (B, V) -> next token (B,): repetition penalty, temperature, top-p, top-k, min-p.
 
 Everything stays on the device of the logits and nothing waits for the host. The randomness comes in
-as one uniform number a row, so a row's draw does not depend on its company.
+as one uniform number a row, so that a row's token does not depend on the other rows.
 """
 
 from importlib.util import find_spec
@@ -42,6 +42,13 @@ def next_token(
     else:
         token = draw(logits, uniform, settings)
     return token.where(logits.isfinite().all(-1), NOT_FINITE)
+
+
+def uniform_numbers(seed: int, place: int, count: int) -> Tensor:
+    """(count,) in [0, 1) for the prompt at this place of a list: seed and place alone decide."""
+    generator = torch.Generator("cpu")
+    generator.manual_seed((seed + place * 0x9E3779B97F4A7C15) % 2**63)  # neighbours far apart
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def has_kernel(device: torch.device) -> bool:

@@ -1,11 +1,11 @@
-"""What can be set for a continuation, and the check of a number that a user gives."""
+"""The settings of a continuation, and the check of numbers that a user gives."""
 
 import numbers
 from dataclasses import dataclass, fields
 
 
 def check(name: str, value, kind: type, low: float, high: float) -> int | float:
-    """value as Python's own int or float; ValueError unless it is such a number within bounds."""
+    """The value as Python's int or float; ValueError unless it is a number within the bounds."""
     is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real)
     if not is_number or isinstance(value, bool) or not low <= value <= high:
         number = "a whole number" if kind is int else "a number"
@@ -14,7 +14,7 @@ def check(name: str, value, kind: type, low: float, high: float) -> int | float:
 
 
 def check_fields(of, **ranges: tuple[type, float, float]) -> None:
-    """Checks fields of a frozen dataclass and stores them as Python's own numbers; None may stay
+    """Checks fields of a frozen dataclass, and stores them as Python's own numbers. None passes
     where it is the default."""
     for field in fields(of):
         value = getattr(of, field.name)
@@ -24,8 +24,8 @@ def check_fields(of, **ranges: tuple[type, float, float]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a prompt is continued; `LLaMA.generate` says what each field does, `sampling` has the
-    formulas. ValueError for a value out of range."""
+    """How a prompt is continued: see `LLaMA.generate`, and `sampling` for the formulas. ValueError
+    for a value out of range."""
 
     max_gen_len: int = 256
     temperature: float = 0.8

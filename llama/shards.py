@@ -1,9 +1,9 @@
-"""Reads what one shard holds: a list of tensors, and the bytes of each when their turn comes.
+"""Reads what one shard holds: first the list of its tensors, later the bytes of each.
 
 A shard is a zip file that torch.save (1.6 and later) wrote of a flat dict of tensors: `data.pkl` is
 a pickle that lists them, and each storage is an uncompressed record of raw bytes. Nothing in it is
 trusted or run. `tensors_of` walks the pickle's operations, knows those of such a dict alone and
-makes each tensor a `Piece`: a place in the file with a type and a shape.
+makes each tensor a `StoredTensor`: a place in the file with a type and a shape.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class Buffer(threading.local):
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredTensor:
     """A tensor of a shard, or some of its rows, as a place in the file."""
 
     path: Path
@@ -82,8 +82,8 @@ class Piece:
             return 0
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
 
-    def split(self, rows: int) -> list["Piece"]:
-        """Pieces of so many rows; the last may have fewer."""
+    def split(self, rows: int) -> list["StoredTensor"]:
+        """Cuts it into parts of so many rows; the last may have fewer."""
         count, *row = self.shape
         step = self.stride[0] * self.dtype.itemsize
         return [
@@ -98,7 +98,7 @@ class Piece:
         return values.as_strided(self.shape, self.stride)
 
     def read_into(self, out: Tensor) -> None:
-        """Fills out, contiguous, with the file's bytes from the piece's first value on. It reads
+        """Fills out, contiguous, with the file's bytes from the tensor's first value on. It reads
         rather than maps the file: where a disk fails, touching a mapping would kill the process."""
         memory = (ctypes.c_char * out.nbytes).from_address(out.data_ptr())
         try:
@@ -113,11 +113,11 @@ class Piece:
             ) from None
 
 
-class Storage(Piece):
+class Storage(StoredTensor):
     """All numbers of a record in one row: what tensors are views of."""
 
 
-def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
+def open_shards(ckpt_dir: Path) -> dict[str, dict[str, StoredTensor]]:
     """File name -> its tensors, none of them read yet."""
     names = sorted(path.name for path in ckpt_dir.glob("consolidated.*.pth"))
     expected = [f"consolidated.{i:02d}.pth" for i in range(len(names))]
@@ -129,7 +129,7 @@ def open_shards(ckpt_dir: Path) -> dict[str, dict[str, Piece]]:
     return {name: open_shard(ckpt_dir / name) for name in expected}
 
 
-def open_shard(path: Path) -> dict[str, Piece]:
+def open_shard(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
     start = read_bytes(path, 64)
@@ -148,7 +148,7 @@ def open_shard(path: Path) -> dict[str, Piece]:
             f"{path} ({path.stat().st_size:,} bytes) is cut short, damaged or not a "
             f"checkpoint ({reason}): compare it with checklist.chk, download it again"
         ) from None
-    return {name: piece for name, piece in tensors.items() if not name.endswith("rope.freqs")}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rope.freqs")}
 
 
 class CappedReader(io.BufferedReader):
@@ -194,7 +194,7 @@ def content(file: io.BufferedReader, offset: int, entry: zipfile.ZipInfo) -> byt
     return read
 
 
-def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
+def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, StoredTensor]:
     """The tensors that a pickle lists, made of strings, numbers, tuples and dicts. The type of a
     value is checked first: to hash, compare or print a tuple of tuples can take forever."""
     stack, outer, memo, mark = [], [], {}, pickletools.markobject  # outer: stacks below marks
@@ -245,7 +245,7 @@ def tensors_of(code: bytes, records: dict, path: Path) -> dict[str, Piece]:
                 [tensors] = taken
             case other:
                 raise ValueError(f"it holds the pickle operation {other}, which was not run")
-    if not isinstance(tensors, dict) or not all(type(x) is Piece for x in tensors.values()):
+    if not isinstance(tensors, dict) or not all(type(x) is StoredTensor for x in tensors.values()):
         raise ValueError(OTHER)
     return tensors
 
@@ -264,7 +264,7 @@ def storage(
 
 def view(
     storage: Storage, first: int, shape: tuple, stride: tuple, _grad, _hooks, bits=None
-) -> Piece:
+) -> StoredTensor:
     """A tensor in a storage, as torch._utils._rebuild_tensor_v2 makes it."""
     if bits or [type(x) for x in (storage, shape, stride)] != [Storage, tuple, tuple]:
         raise ValueError(OTHER)
@@ -272,14 +272,14 @@ def view(
     if not numbers or not len(shape) == len(stride) <= MOST_DIMENSIONS:
         raise ValueError("a tensor's shape is not one that a model has")
     offset = storage.offset + first * storage.dtype.itemsize
-    tensor = Piece(storage.path, offset, storage.dtype, shape, stride)
+    tensor = StoredTensor(storage.path, offset, storage.dtype, shape, stride)
     if first + tensor.span > storage.span or tensor.span > LARGEST_SPAN * math.prod(shape):
         raise ValueError("a tensor is not within its storage, or spread over far more than itself")
     return tensor
 
 
-def parameter(tensor: Piece, _grad, _hooks) -> Piece:
-    if type(tensor) is not Piece:
+def parameter(tensor: StoredTensor, _grad, _hooks) -> StoredTensor:
+    if type(tensor) is not StoredTensor:
         raise ValueError(OTHER)
     return tensor
 

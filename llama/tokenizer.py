@@ -163,7 +163,7 @@ class BytePairs:
         return len(end[whole:].decode(errors="replace"))
 
 
-def encode(
+def encode_all(
     texts: list[str | list[int]], tokenizer: Tokenizer, max_seq_len: int, called: str = "prompt"
 ) -> list[list[int]]:
     """BOS and token ids of each text; a list of ids is taken as it is. ValueError if one is neither

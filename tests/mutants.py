@@ -38,12 +38,12 @@ TESTS = {  # of a module, the quickest to notice first
     "settings": "settings generation",
     "int8": "int8 checkpoint saved",
     "model": "model checkpoint",
-    "continuation": "continuation tokenizer generation",
+    "request": "request tokenizer generation",
     "tokenizer": "tokenizer faults settings",
     "shards": "shards faults checkpoint load_faults",
     "checkpoint": "checkpoint saved faults load_faults",
 }
-MORE = "sampling settings int8 model continuation tokenizer shards checkpoint saved faults "
+MORE = "sampling settings int8 model request tokenizer shards checkpoint saved faults "
 MORE += "load_faults generation chat fused numerics perplexity memory main example package"
 # X | None of an annotation would fail when it is imported, and count as noticed.
 LEFT_OUT = ("core/NoOp", "core/ReplaceBinaryOperator_BitOr_")

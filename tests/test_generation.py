@@ -465,8 +465,6 @@ def test_no_prompts_no_results(demo):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_gen_len": 0}, "max_gen_len is 0, expected a whole number, from 1 to"),
-        ({"temperature": -0.1}, "temperature is -0.1, expected a number, from 0 to"),
         ({"seed": 10**400}, "seed is 1000"),
         ({"stop": 5}, "stop is 5, expected a text or a list of texts"),
         ({"stop": ""}, "stop is '', expected a text or a list of texts, none of them empty"),

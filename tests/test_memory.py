@@ -64,16 +64,6 @@ def test_a_size_that_is_none():
         memory.main("14B")
 
 
-def test_a_batch_that_does_not_fit_is_a_warning(make_folder, monkeypatch):
-    folder, _, _ = make_folder()
-    needed = room.need(LLaMA.build(folder, device="cpu").model, 1, 512, torch.float32).total
-    monkeypatch.setattr(room, "free_bytes", lambda device: needed)
-    with pytest.warns(
-        UserWarning, match=r"32 sequences of 512 tokens need .* fewer will be continued at once"
-    ):
-        LLaMA.build(folder, device="cpu")
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("use_int8", [True, False], ids=["int8", "fp16"])
 def test_the_estimate_is_within_3_percent(large_folder, use_int8):

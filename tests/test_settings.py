@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEMO, ROOT
 
 from llama import LLaMA, Settings, __main__, cli, generation, quantize
 
@@ -177,7 +177,7 @@ def test_results_do_not_depend_on_what_a_program_has_set(surroundings, demo, dem
     with surroundings():
         assert results() == expected
         llm = LLaMA.build(device="cpu")
-        quantize.main(str(generation.DEMO), str(tmp_path / "int8"))
+        quantize.main(str(DEMO), str(tmp_path / "int8"))
     assert llm.generate(["The king"], **settings) == expected[0][0]
     saved, wq = torch.load(tmp_path / "int8" / "consolidated.01.pth"), "layers.0.attention.wq"
     assert saved[f"{wq}.SCB"].dtype == torch.float32 and saved[f"{wq}.weight"].dtype == torch.int8

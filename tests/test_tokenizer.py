@@ -10,7 +10,7 @@ from conftest import DEMO
 from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
-from llama.continuation import Continuation
+from llama.request import Request
 
 TEXTS = [
     "Once upon a time",
@@ -87,14 +87,10 @@ def test_10000_texts_of_many_scripts(tokenizer):
         bytes_seen += any(pieces)
         if number % 5:
             continue
-        streamed = Continuation(tokenizer, [1, *theirs.encode("A")], 10**6, [])
-        said = []
-        for id in [*ids, tokenizer.eos_id]:
-            streamed.add(id)
-            said.append(streamed.read())
+        said = "".join(streamed(tokenizer, ids, theirs.encode("A")))
         whole = tokenizer.decode([1, *theirs.encode("A"), *ids])[1:]
-        assert "".join(said) == whole == (f" {back}" if text else ""), ascii(text)
-        assert "\N{REPLACEMENT CHARACTER}" not in "".join(said) or "\ufffd" in text
+        assert said == whole == (f" {back}" if text else ""), ascii(text)
+        assert "\N{REPLACEMENT CHARACTER}" not in said or "\ufffd" in text
     scripts = {"LATIN", "GREEK", "CYRILLIC", "HEBREW", "ARABIC", "DEVANAGARI", "THAI", "HANGUL"}
     assert scripts | {"HIRAGANA", "CJK", "ETHIOPIC"} <= seen and bytes_seen > 5_000
 
@@ -121,13 +117,13 @@ def test_special_ids_are_llama_3s(llama3, tiktoken_itself):
 
 
 def streamed(tokenizer, ids, prompt_ids=(), every=1, stop=()):
-    row = Continuation(tokenizer, [tokenizer.bos_id, *prompt_ids], 10**6, stop)
+    request = Request(tokenizer, [tokenizer.bos_id, *prompt_ids], 10**6, stop)
     pieces = []
     for n, id in enumerate([*ids, tokenizer.eos_id]):
-        if row.finish_reason is None:
-            row.add(id)
-            pieces.append(row.read() if n % every == 0 else "")
-    return [*pieces[:-1], pieces[-1] + row.read()]
+        if request.finish_reason is None:
+            request.add(id)
+            pieces.append(request.read() if n % every == 0 else "")
+    return [*pieces[:-1], pieces[-1] + request.read()]
 
 
 def test_10000_texts_are_tiktokens_ids_and_come_back(llama3, tiktoken_itself):
@@ -203,11 +199,11 @@ def test_special_tokens_are_no_text(llama3):
 
 @pytest.mark.parametrize("end", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
 def test_a_text_ends_at_each_end_token(llama3, end):
-    row = Continuation(llama3, [llama3.bos_id], 9, [])
-    row.add(65)
-    assert row.finish_reason is None
-    row.add(llama3.special[end])
-    assert (row.finish_reason, row.ids, row.text) == ("eos", [65], "A")
+    request = Request(llama3, [llama3.bos_id], 9, [])
+    request.add(65)
+    assert request.finish_reason is None
+    request.add(llama3.special[end])
+    assert (request.finish_reason, request.ids, request.text) == ("eos", [65], "A")
 
 
 def cut(text):

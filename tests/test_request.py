@@ -5,8 +5,8 @@ import random
 import pytest
 from conftest import DEMO
 
-from llama import Tokenizer, continuation
-from llama.continuation import Completion, Continuation
+from llama import Tokenizer, request
+from llama.request import Completion, Request
 
 TOKENIZER = Tokenizer(DEMO / "tokenizer.model")
 PROMPTS = ["", "Once upon a time", "A\N{FOX FACE}", " ", "日本 "]
@@ -14,7 +14,7 @@ PROMPTS = ["", "Once upon a time", "A\N{FOX FACE}", " ", "日本 "]
 
 def pieces(prompt, ids, stop=(), limit=10**6, every=1):
     """Text as it comes, when it is read after each `every` ids."""
-    row = Continuation(TOKENIZER, TOKENIZER.encode(prompt, True, False), limit, stop)
+    row = Request(TOKENIZER, TOKENIZER.encode(prompt, True, False), limit, stop)
     read = []
     for n, id in enumerate([*ids, TOKENIZER.eos_id], 1):
         if row.finish_reason:
@@ -58,8 +58,8 @@ def test_broken_characters_are_not_held_for_ever():
 def test_what_came_of_a_prompt(monkeypatch):
     """The clock begins with its turn."""
     clock = iter([1.0, 3.0, 5.51234567, 9.12345])
-    monkeypatch.setattr(continuation.time, "perf_counter", lambda: next(clock))
-    row = Continuation(TOKENIZER, [1], 2, [])
+    monkeypatch.setattr(request.time, "perf_counter", lambda: next(clock))
+    row = Request(TOKENIZER, [1], 2, [])
     row.begin()
     ids = [3 + ord("A"), 3 + ord("B")]
     for id in ids:

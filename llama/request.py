@@ -1,8 +1,8 @@
-"""The continuation of a prompt: new ids become text as they come.
+"""A request: one prompt, and what is generated for it. New ids become text as they come.
 
-Text that was read never changes: the bytes of a character that lacks others are held back, and so
-is whatever may turn out to begin a stop string. Only new ids are decoded, after the few before
-them, so that reading at each token takes microseconds however long the text is.
+Text that was read never changes: the bytes of an unfinished character are held back, and so is what
+may be the beginning of a stop string. Only new ids are decoded, with the few before them, so that
+reading after each token takes microseconds however long the text is.
 """
 
 import time
@@ -15,8 +15,8 @@ from llama.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a prompt: `text` is what was added to it. `tokens` are its ids, with those of a
-    stop string, which is not in the text."""
+    """The result of a request that has ended: `text` is what was added to the prompt. `tokens` are
+    its ids, with those of a stop string, which is not in the text."""
 
     index: int  # place of the prompt in its list, from 0
     prompt: str | list[int]
@@ -25,13 +25,13 @@ class Completion:
     finish_reason: str  # "stop" (a stop string), "length" or "eos"
     seconds: float  # from when the prompt got its slot to the last token
     seconds_to_first_token: float
-    logprobs: list[float]  # of each token; empty unless asked for
+    logprobs: list[float]  # of each token; empty unless wanted
 
 
-class Continuation:
-    """What follows one prompt, `limit` tokens at most. `ids` are all that were generated, those of
-    a stop string included; `logprobs`, where asked for, has one for each of them. `prompt` is what
-    was passed, at place `index` of a list."""
+class Request:
+    """A prompt that gets at most `limit` new tokens, from when it waits for a slot until it has
+    ended. `ids` are all that were generated, those of a stop string included; `logprobs`, if
+    wanted, has one for each. `prompt` is what the caller passed, at place `index` of a list."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Continuation:
         return "".join(new)
 
     def completion(self) -> Completion:
-        """Of a row that has ended."""
+        """The result, once the request has ended."""
         return Completion(
             self.index,
             self.prompt,
@@ -84,7 +84,7 @@ class Continuation:
         )
 
     def begin(self) -> None:
-        """Starts the clock: its prompt's turn has come."""
+        """Starts the clock: the request has a slot."""
         self._began = time.perf_counter()
 
     def add(self, id: int, logprob: float | None = None) -> None:
@@ -127,16 +127,16 @@ class Continuation:
         self._held = self._held[end:]
 
 
-def pieces(steps: Iterator[list[Continuation]]) -> Iterator[str]:
-    """What each step adds to the text of a single row."""
+def pieces(steps: Iterator[list[Request]]) -> Iterator[str]:
+    """The text that each step adds to a single request."""
     with closing(steps):
-        for [row] in steps:
-            if piece := row.read():
+        for [request] in steps:
+            if piece := request.read():
                 yield piece
 
 
-def completions(steps: Iterator[list[Continuation]]) -> Iterator[Completion]:
-    """Each row's, as soon as it has ended."""
+def completions(steps: Iterator[list[Request]]) -> Iterator[Completion]:
+    """The result of each request, as soon as it has ended."""
     with closing(steps):
-        for rows in steps:
-            yield from (row.completion() for row in rows if row.finish_reason)
+        for requests in steps:
+            yield from (request.completion() for request in requests if request.finish_reason)
