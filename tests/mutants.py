@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import numpy  # noqa: F401
 import pytest
 import sentencepiece  # noqa: F401
 import torch
-import tqdm  # noqa: F401
+import tqdm
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
@@ -65,6 +66,7 @@ def mutants(source: str) -> list[str]:
 
 def run_tests(copy: Path, names: str) -> None:
     os.setsid()
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is shared: killed, this would keep it for ever
     resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):

@@ -1,10 +1,12 @@
 """Is a conversation written as its models were trained, and is what was said computed once?"""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import byte_pairs
 import pytest
@@ -337,10 +339,10 @@ def test_an_answer_goes_on_until_the_conversation_is_full(folder, run_command, m
     assert full.endswith("raise max_seq_len (--max_seq_len) or begin a new one (/new)")
 
 
-def test_ctrl_c_in_a_terminal(folder):
-    """A real process and a real signal."""
+def talking(folder):
+    """A real process, for real signals."""
     words = [f"--ckpt_dir={folder}", "--max_seq_len=9000", "--max_gen_len=4000", "--top_k=50"]
-    with subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-u", "-m", "llama", "--chat", "--device=cpu", *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -349,7 +351,11 @@ def test_ctrl_c_in_a_terminal(folder):
         bufsize=0,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
-    ) as process:
+    )
+
+
+def test_ctrl_c_in_a_terminal(folder):
+    with talking(folder) as process:
         for line in (b"Who are you?\n", b"And where do you live?\n"):
             process.stdin.write(line)
             process.stdin.flush()
@@ -360,6 +366,26 @@ def test_ctrl_c_in_a_terminal(folder):
             process.stdout.read(2**16)  # what came before, lest it looks like the next answer
         process.stdin.close()
         assert process.wait(30) == 0 and b"error" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_storm_of_ctrl_c_ends_the_answer_or_the_program(folder):
+    """Without a traceback."""
+    chance, ends = random.Random(1), []
+    for _ in range(3):
+        with talking(folder) as process:
+            process.stdin.write(b"Who are you?\n")
+            assert process.stdout.read(20)
+            for _ in range(20):
+                process.send_signal(signal.SIGINT)
+                time.sleep(chance.choice([0.0003, 0.001, 0.003]))
+            process.stdin.close()
+            process.stdout.read()
+            said = process.stderr.read()
+            ends.append(process.wait(30))
+        assert b"stopped\n" in said or ends[-1] == 130, said
+        assert b"Traceback" not in said, said
+    assert {*ends} <= {0, 130}
 
 
 def test_prompts_may_be_token_ids(llm):
