@@ -394,7 +394,9 @@ class FolderWriter(Writer):
                 changed = [x.half(), x[None], x.flatten(), x.T.contiguous() if x.dim() == 2 else -x]
                 changed += [x[:-1].clone(), torch.cat([x, x])] if x.dim() else []
                 tensors[key] = self.one_of(*changed)
-            if x.dim() == 2 and self.draw(st.integers(0, 9)) == 9:  # the same, stored otherwise
+            if (
+                tensors[key].dim() == 2 and self.draw(st.integers(0, 9)) == 9
+            ):  # the same, stored otherwise
                 tensors[key] = tensors[key].T.contiguous().T
             if self.strange():
                 tensors[self.one_of("", "x", f"{key}s", "norm.weight")] = tensors.pop(key)

@@ -3,12 +3,10 @@
 import inspect
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -125,35 +123,6 @@ def test_another_file_is_not_resumed(run, tmp_path, content, message):
     status, out, err = run("--prompt=A", "--resume", tmp_path / "file")
     assert (status, out) == (1, "") and message in err and err.count("\n") == 1
     assert (tmp_path / "file").read_text() == content
-
-
-@pytest.mark.slow
-def test_a_list_that_is_killed_again_and_again_has_every_result_once(tmp_path):
-    """By SIGKILL, at random moments of a real process."""
-    prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
-    prompts.write_text("".join(f"The king said {i}\n" for i in range(300)))
-    command = [sys.executable, "-m", "llama", "--prompt_file", prompts, "--device=cpu"]
-    command += ["--seed=1", "--max_gen_len=30", "--max_batch_size=8", "--resume"]
-    subprocess.run([*command, tmp_path / "whole.jsonl"], cwd=ROOT, check=True, capture_output=True)
-    chance, kills = random.Random(1), 0
-    for _ in range(100):
-        with subprocess.Popen([*command, results], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-            before = results.stat().st_size if results.exists() else 0
-            more = before + chance.randrange(40_000)
-            while process.poll() is None and (
-                not results.exists() or results.stat().st_size < more
-            ):
-                time.sleep(0.001)
-            process.kill()
-        if process.returncode == 0:
-            break
-        kills += 1
-    assert process.returncode == 0 and kills > 2
-    whole, found = (
-        untimed(sorted(file.read_text().splitlines(), key=lambda line: json.loads(line)["index"]))
-        for file in (tmp_path / "whole.jsonl", results)
-    )
-    assert found == whole and [one["index"] for one in found] == list(range(300))
 
 
 @pytest.mark.parametrize(

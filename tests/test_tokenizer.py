@@ -325,9 +325,9 @@ AGAIN = ", expected another token in base64 and its rank"
             f"line 300 is .*{AGAIN} 299",
         ),
         "empty token": (lambda: changed(300, lambda x: [b" 299\n"]), f"line 300 is .*{AGAIN} 299"),
-        "cut": (lambda: byte_pairs.rank_file()[:-3], f"line 657 is b'.*'{AGAIN} 656"),
+        "cut": (lambda: byte_pairs.rank_file()[:-3], f"line 656 is b'.*'{AGAIN} 655"),
         "of 20 bytes": (lambda: b"".join(byte_pairs.rank_file().splitlines(True)[:20]), "byte 20"),
-        "too large": (lambda: byte_pairs.rank_file() * 1500, f"line 658 is .*{AGAIN} 657"),
+        "too large": (lambda: byte_pairs.rank_file() * 1500, f"line 657 is .*{AGAIN} 656"),
     }.values(),
 )
 def test_a_damaged_rank_file_is_one_sentence(tmp_path, content, message):
@@ -335,6 +335,15 @@ def test_a_damaged_rank_file_is_one_sentence(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer(tmp_path / "tokenizer.model")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 350
+
+
+def test_special_ids_follow_those_of_the_pairs_however_many_there_are(tmp_path, llama3):
+    lines = byte_pairs.rank_file().splitlines(keepends=True)[:257]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    fewer = llama3.n_words - tokenizer.n_words
+    assert tokenizer.n_words == 257 + 256 and tokenizer.bos_id == 257
+    assert tokenizer.special == {name: id - fewer for name, id in llama3.special.items()}
 
 
 def test_line_ends_of_windows(tmp_path, llama3):
