@@ -367,7 +367,9 @@ def test_messages_about_memory_say_how_much(demo, monkeypatch):
     monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * GIB // 2)
     demo.generate(PROMPTS[:1], 1)
     monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * GIB // 2 - 1)
-    with pytest.raises(MemoryError, match="^1 x .* need 1.5 GiB .* cpu has 1.5 GiB free: lower"):
+    with pytest.raises(
+        MemoryError, match="^1 x .* need 1.5 GiB .* has 1.5 GiB free: lower .*--max_gen"
+    ):
         demo.generate(PROMPTS[:1], 1)
 
 
@@ -577,12 +579,6 @@ def test_stream_says_at_once_what_is_wrong(demo):
     for arguments in (["a", 0], [["a"], 5], ["b\ud800", 5], ["a " * 600, 5], ["a", 5, "hot"]):
         with pytest.raises(ValueError):
             demo.stream(*arguments)
-
-
-def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
-    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 1000)
-    with pytest.raises(MemoryError, match=r"1 x \d+ tokens need .* lower .* --max_gen_len"):
-        demo.generate(PROMPTS, 50)
 
 
 @pytest.mark.parametrize(
