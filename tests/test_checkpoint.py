@@ -102,6 +102,15 @@ def test_a_shard_of_llama_3_alone_is_not_taken_for_another_vocabulary(make_folde
         logits(folder)
 
 
+def test_a_matrix_cut_short_is_not_taken_for_one_of_several_shards(make_folder):
+    path = make_folder(1)[0] / "consolidated.00.pth"
+    shard = torch.load(path)
+    shard["layers.0.attention.wq.weight"] = shard["layers.0.attention.wq.weight"][:30].clone()
+    torch.save(shard, path)
+    with pytest.raises(ValueError, match=r"wq.weight in .* is \(30, 64\), but params.json asks"):
+        logits(path.parent)
+
+
 def test_grouped_queries_from_two_shards(make_folder):
     folder, params, weights = make_folder(2, n_heads=8, n_kv_heads=2)
     expected = torch.from_numpy(oracle.logits(weights, params, TOKENS)[-1])
