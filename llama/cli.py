@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ def run(command: Callable[..., None]) -> None:
         say(f"error: {str(error) or 'the host has no memory left: lower --max_batch_size'}")
         sys.exit(1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would be a traceback at the end
         say("error: interrupted")
         sys.exit(130)
 

@@ -1,10 +1,14 @@
 """Does a model still work as on its first call after thousands of others?
 
-    python tests/soak.py [CALLS] [--ckpt_dir FOLDER] [--device cuda]
+    python tests/soak.py calls [CALLS] [--ckpt_dir FOLDER] [--device cuda]
+    python tests/soak.py prompts [PROMPTS] [--ckpt_dir FOLDER] [--device cuda]
 
 Random calls, each known by its number, in one process. Host and GPU memory must not grow, and some
 calls are made again, each alone in a fresh process, where they must give the same. A quarter of the
 calls is a stream that is left half-way, one in eight is refused, one in eight asks for scores.
+
+Or lists of prompts, which take each other's slots: after half of them the GPU's tensors must take
+the same bytes after each list, and host memory stay within HOST.
 """
 
 import ctypes
@@ -29,6 +33,7 @@ WORDS = "the king Fox, said\n that 日本 \N{FOX FACE} an  old (bear) . 1891 que
 # Of the calls, until every buffer that stays has been taken: on CUDA host memory rises by 36 MiB
 # from call 200 to call 1,600, each kernel's variants being loaded, and by none to call 2,400.
 WARM_UP = 0.5
+HOST = 20 * 2**20  # bytes
 
 
 def call(llm: LLaMA, number: int) -> list:
@@ -105,6 +110,22 @@ def grown(llm: LLaMA, results: dict[int, list], calls: int) -> tuple[int, int]:
     return tuple(after - b for after, b in zip(taken(device), before))
 
 
+def prompts(prompts: int = 10_000, ckpt_dir: str | None = None, device: str = "cpu", lists=20):
+    llm, chance, levels = LLaMA.build(ckpt_dir, device=device), random.Random(1), []
+    for number in range(lists):
+        count = range(prompts // lists)
+        some = [" ".join(chance.choices(WORDS, k=chance.randint(1, 12))) for _ in count]
+        results = llm.generate(some, 12, stop=["the", "."], seed=number)
+        assert len(results) == len(some) and all(map(str.startswith, results, some))
+        levels.append(taken(llm.model.tok_embeddings.weight.device))
+    host, gpu = zip(*levels[int(WARM_UP * lists) :])
+    print(
+        f"{prompts} prompts: in the second half host memory rose by {max(host) - host[0]:,} bytes"
+    )
+    print(f"and the tensors of the GPU took {min(gpu):,} to {max(gpu):,} bytes")
+    assert max(host) - host[0] < HOST and min(gpu) == max(gpu)
+
+
 def main(calls: int = 4000, ckpt_dir: str | None = None, device: str = "cpu", again: int = 8):
     results = dict.fromkeys(random.Random(1).sample(range(calls), again))
     host, gpu = grown(LLaMA.build(ckpt_dir, device=device), results, calls)
@@ -116,4 +137,4 @@ def main(calls: int = 4000, ckpt_dir: str | None = None, device: str = "cpu", ag
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire({"calls": main, "prompts": prompts})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections import defaultdict
 from contextlib import closing
 
 import oracle
@@ -35,6 +36,33 @@ def test_int8_is_bit_for_bit_the_same_from_1_2_and_4_shards(make_folder):
     folders = [make_folder(n, outliers=(3,), name=f"mp{n}")[0] for n in (1, 2, 4)]
     one, two, four = map(logits, folders)
     assert torch.equal(one, two) and torch.equal(one, four)
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+@pytest.mark.parametrize("values, use_int8", [(640, True), (640, False), (100, True)])
+def test_matrices_come_in_blocks_of_so_many_values(
+    make_folder, monkeypatch, values, use_int8, n_shards
+):
+    """Of one row at least; each block into its rows."""
+    folder, _, _ = make_folder(n_shards, outliers=(3,))
+    whole, fill, blocks = logits(folder, use_int8=use_int8), checkpoint.fill, defaultdict(list)
+
+    def watched(buffers, name, block, targets):
+        blocks[name].append(len(targets[0]))
+        assert all(len(target) == len(targets[0]) for target in targets)
+        fill(buffers, name, block, targets)
+
+    monkeypatch.setattr(checkpoint, "fill", watched)
+    monkeypatch.setattr(checkpoint, "VALUES_A_BLOCK", values)
+    monkeypatch.setattr(checkpoint, "BYTES_A_BLOCK", 2 * values)  # of fp16
+    assert torch.equal(logits(folder, use_int8=use_int8), whole)
+    names = "attention.wq", "attention.wo", "feed_forward.w2", "attention_norm"
+    for name, width, rows in zip(names, (64, 64, 192, 1), (64 // n_shards, 64, 64, 64)):
+        most = min(max(1, values // width), rows)
+        found = blocks[f"layers.1.{name}.weight"]
+        last = [rows % most] if rows % most else []
+        assert sorted(found) == sorted([*[most] * (rows // most), *last] * (sum(found) // rows))
+        assert sum(found) == 64
 
 
 LLAMA_3 = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "rope_theta": 5e5, "use_scaled_rope": True}
@@ -72,6 +100,15 @@ def test_a_shard_of_llama_3_alone_is_not_taken_for_another_vocabulary(make_folde
     (folder / "consolidated.01.pth").unlink()
     with pytest.raises(ValueError, match=r"tok_embeddings.weight in .* \(it is one of 2 shards\)"):
         logits(folder)
+
+
+def test_a_matrix_cut_short_is_not_taken_for_one_of_several_shards(make_folder):
+    path = make_folder(1)[0] / "consolidated.00.pth"
+    shard = torch.load(path)
+    shard["layers.0.attention.wq.weight"] = shard["layers.0.attention.wq.weight"][:30].clone()
+    torch.save(shard, path)
+    with pytest.raises(ValueError, match=r"wq.weight in .* is \(30, 64\), but params.json asks"):
+        logits(path.parent)
 
 
 def test_grouped_queries_from_two_shards(make_folder):

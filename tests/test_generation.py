@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import traceback
 
 import pytest
 import torch
@@ -79,6 +80,34 @@ def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
     ids = [list(column) for column in zip(*steps)]
     assert ids[0] == beside_two(one, 10)[0] + beside_two(new, 12)[0]
     assert ids[1] == beside_two(one, 22)[1]
+
+
+@torch.inference_mode()
+def test_a_decoder_computes_no_more_than_its_sequences_ask_for(demo_float, passes):
+    """And knows after each step what its cache holds: all but the newest token."""
+    [ids] = encoded(demo_float, PROMPTS[0])
+    decoder, said = decoder_of(demo_float, [ids], 4, []), [*ids]
+    for _ in range(4):
+        said += decoder.step()[0]
+        assert decoder.cached(0, [*said, 5, 5, 5]) == len(said) - 1
+    assert passes == [[(0, 0, len(ids))], None, None, None]
+    decoder.step()
+    assert len(passes) == 4
+
+
+@torch.inference_mode()
+def test_a_step_reads_the_token_that_was_drawn_the_first_of_the_vocabulary_too(demo_float):
+    [ids], seen = encoded(demo_float, PROMPTS[1]), []
+
+    def first(logits, *_):
+        seen.append(logits.clone())
+        return torch.zeros(len(logits), dtype=torch.long)
+
+    decoder = Decoder(demo_float.model, "triton", 1, len(ids) + 3, first)
+    decoder.begin(0, ids, torch.zeros(3))
+    assert [decoder.step()[0] for _ in range(3)] == [[0]] * 3
+    expected = torch.cat([*demo_float.logits([*ids, 0, 0])])[-3:]
+    assert (torch.cat(seen) - expected).abs().max() < 1e-4
 
 
 LIST = [*PROMPTS, "A fox", "Once", "The old king and his daughter", "An apple"]
@@ -281,6 +310,42 @@ def test_after_ctrl_c_it_is_known_what_is_cached(demo_float, monkeypatch, layers
     assert tokens_of(decoder, len(prompts)) == fresh
 
 
+def test_an_error_keeps_nothing_of_its_call_and_those_before_keep_what_they_had(demo, monkeypatch):
+    """A notebook holds the last error, a debugger shows the variables of one that is handled."""
+
+    def fail(logits, *_, **__):
+        raise RuntimeError
+
+    def own():
+        mine = "kept"
+        raise KeyError(mine)
+
+    monkeypatch.setattr(generation, "next_token", fail)
+    try:
+        own()
+    except KeyError as before:
+        with pytest.raises(RuntimeError) as caught:
+            demo.generate(["A"], 5)
+        assert before.__traceback__.tb_next.tb_frame.f_locals == {"mine": "kept"}
+    frame = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)][-1]
+    assert frame.f_code is fail.__code__ and not frame.f_locals
+
+
+def test_small_models_work_on_one_core_and_large_ones_on_all(demo, monkeypatch, set_threads):
+    threads = []
+
+    def watched(logits, *_, **__):
+        threads.append(torch.get_num_threads())
+        return logits.argmax(-1)
+
+    monkeypatch.setattr(generation, "next_token", watched)
+    set_threads(3)
+    demo.generate(["A"], 1)
+    monkeypatch.setattr(generation, "ONE_CORE", 2**20)
+    LLaMA(demo.model, demo.tokenizer).generate(["A"], 1)
+    assert threads == [1, 3] and torch.get_num_threads() == 3
+
+
 def test_fewer_slots_where_memory_is_short(demo, monkeypatch):
     expected, made, cache = demo.generate(LIST, 30, seed=1), [], decode.KVCache
     length = max(map(len, encoded(demo, *LIST))) + 30
@@ -290,6 +355,22 @@ def test_fewer_slots_where_memory_is_short(demo, monkeypatch):
     with pytest.warns(UserWarning, match=r"7 sequences of \d+ tokens need .*: 3 at a time are"):
         assert demo.generate(LIST, 30, seed=1) == expected
     assert made == [3]
+
+
+def test_messages_about_memory_say_how_much(demo, monkeypatch):
+    GIB, need = generation.room.GIB, generation.room.Need
+    monkeypatch.setattr(generation.room, "need", lambda _, slots, *__: need(0, slots * GIB, 0))
+    monkeypatch.setattr(generation.room, "cache_bytes", lambda *_: 3 * GIB // 2)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 9 * GIB // 4)
+    with pytest.warns(UserWarning, match="^3 sequences .* need 3.0 GiB, cpu has 2.2 GiB free: 2 "):
+        demo.generate(PROMPTS, 1)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * GIB // 2)
+    demo.generate(PROMPTS[:1], 1)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * GIB // 2 - 1)
+    with pytest.raises(
+        MemoryError, match="^1 x .* need 1.5 GiB .* has 1.5 GiB free: lower .*--max_gen"
+    ):
+        demo.generate(PROMPTS[:1], 1)
 
 
 def test_pieces_join_to_what_generate_returns(demo):
@@ -496,12 +577,6 @@ def test_stream_says_at_once_what_is_wrong(demo):
     for arguments in (["a", 0], [["a"], 5], ["b\ud800", 5], ["a " * 600, 5], ["a", 5, "hot"]):
         with pytest.raises(ValueError):
             demo.stream(*arguments)
-
-
-def test_sequences_that_do_not_fit_are_refused(demo, monkeypatch):
-    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 1000)
-    with pytest.raises(MemoryError, match=r"1 x \d+ tokens need .* lower .* --max_gen_len"):
-        demo.generate(PROMPTS, 50)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Does a LLaMA keep to itself? After many calls, after Ctrl-C and errors, beside another one, and
-with threads that call it at once."""
+with threads that call it at once. python tests/test_long_running.py 2000 20: a job of so many
+prompts is killed so many times."""
 
 import gc
 import itertools
@@ -9,9 +10,12 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
+import fire
 import pytest
 import soak
 import torch
@@ -288,3 +292,13 @@ def test_a_loaders_thread_works_on_one_core(set_threads):
     set_threads(3)
     assert in_threads(lambda _: use_cores(1) and torch.get_num_threads(), 2) == [1, 1]
     assert torch.get_num_threads() == 3
+
+
+def main(prompts: int, kills: int):
+    with tempfile.TemporaryDirectory() as folder:
+        same = killed_job(Path(folder), prompts, kills)
+    print(f"{prompts} prompts, {kills} kills: {'each result once, the same' if same else 'WRONG'}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

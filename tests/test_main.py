@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import python
 
 import llama
 from llama import __main__, checkpoint
@@ -241,6 +242,14 @@ def test_interactive_goes_on_after_ctrl_c_and_mistakes(errors, message):
         rest = process.stderr.read()
         assert process.wait(30) == 0
     assert b"Traceback" not in rest and rest.startswith(b"error: " + message)
+
+
+def test_ctrl_c_while_an_interrupted_command_ends_changes_nothing():
+    code = "import atexit, os, signal; from llama import cli\n"
+    code += "def command():\n    atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    code += "    raise KeyboardInterrupt\ncli.run(command)"
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
 def test_version(run):

@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llama import Tokenizer
 from llama.request import Request
+from llama.tokenizer import encode_all
 
 TEXTS = [
     "Once upon a time",
@@ -101,6 +102,58 @@ def test_a_piece_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(content.replace(b"king", b"k\xffng"))
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         Tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize("piece", [b"<s>", b"</s>"])
+def test_a_model_without_a_beginning_or_an_end_is_refused(tmp_path, piece):
+    content = (DEMO / "tokenizer.model").read_bytes()
+    assert content.count(piece) == 1
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(piece, b"x" * len(piece)))
+    with pytest.raises(ValueError, match="no token for the beginning or the end of a text: pass"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_character_of_bytes_comes_with_its_last(tokenizer):
+    for letter in "\x01", "\xff", "\u2581\u3042", "\N{FOX FACE}", "\U0010ffff":
+        ids = tokenizer.encode(f"A{letter}", bos=False, eos=False)
+        held = [tokenizer.unfinished(ids[:n]) for n in range(len(ids) + 1)]
+        text = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
+        certain = [part[: len(part) - n] for part, n in zip(text, held)]
+        assert certain[-1] == text[-1] and not any("\ufffd" in part for part in certain)
+
+
+def test_a_list_of_prompts_becomes_ids(tokenizer):
+    king, last = tokenizer.encode("The king", bos=True, eos=False), tokenizer.n_words - 1
+    prompts = ["The king", [0, last], "\ud7ff\ue000"]
+    assert encode_all(prompts[:2], tokenizer, len(king)) == [king, [0, last]]
+    assert encode_all(tuple(prompts), tokenizer, 99)[2] == tokenizer.encode(prompts[2], True, False)
+    assert encode_all([], tokenizer, 1) == []
+
+
+OF_IDS = r"expected a string or token ids from 0 to 4095$"
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (5, "^texts is 5, expected a list of strings$"),
+        ("one", "^texts is 'one', expected a list of strings$"),
+        (["a", 5], r"^texts is \['a', 5\], expected a list of strings$"),
+        ([{"role": "user"}], "expected a list of strings; messages are for LLaMA.chat$"),
+        (["a", []], rf"^text 2 is \[\], {OF_IDS}"),
+        (["a", [4096]], rf"^text 2 is \[4096\], {OF_IDS}"),
+        ([[4097]], OF_IDS),
+        ([[-1]], OF_IDS),
+        ([[1, 1.0]], OF_IDS),
+        (["a\ud800"], "^text 1 holds half a character"),
+        (["a", "\udfff"], "^text 2 holds half a character"),
+        (["a", [1, 5, 6, 7]], "^text 2 has 4 tokens, max_seq_len is 3: shorten it or raise max_"),
+    ],
+    ids=ascii,
+)
+def test_what_is_no_list_of_prompts_is_refused(tokenizer, texts, message):
+    with pytest.raises(ValueError, match=message):
+        encode_all(texts, tokenizer, 3, "text")
 
 
 def test_special_ids_are_llama_3s(llama3, tiktoken_itself):
@@ -263,6 +316,10 @@ AGAIN = ", expected another token in base64 and its rank"
             f"line 300 is .*{AGAIN} 299",
         ),
         "base64": (lambda: changed(300, lambda x: [b"QQ= 299\n"]), f"line 300 is .*{AGAIN} 299"),
+        "not base64 alone": (
+            lambda: changed(300, lambda x: [b"e!Xl5eXk= 299\n"]),
+            f"line 300 is .*{AGAIN} 299",
+        ),
         "empty token": (lambda: changed(300, lambda x: [b" 299\n"]), f"line 300 is .*{AGAIN} 299"),
         "cut": (lambda: byte_pairs.rank_file()[:-3], f"line 656 is b'.*'{AGAIN} 655"),
         "of 20 bytes": (lambda: b"".join(byte_pairs.rank_file().splitlines(True)[:20]), "byte 20"),
@@ -274,6 +331,15 @@ def test_a_damaged_rank_file_is_one_sentence(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer(tmp_path / "tokenizer.model")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 350
+
+
+def test_special_ids_follow_those_of_the_pairs_however_many_there_are(tmp_path, llama3):
+    lines = byte_pairs.rank_file().splitlines(keepends=True)[:257]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    fewer = llama3.n_words - tokenizer.n_words
+    assert tokenizer.n_words == 257 + 256 and tokenizer.bos_id == 257
+    assert tokenizer.special == {name: id - fewer for name, id in llama3.special.items()}
 
 
 def test_line_ends_of_windows(tmp_path, llama3):
