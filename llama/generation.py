@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 
@@ -120,6 +121,7 @@ class LLaMA:
         stop: list[str] | str = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        lookup: bool = False,
     ) -> list[str]:
         """Returns each prompt followed by its continuation, in order.
 
@@ -145,9 +147,11 @@ class LLaMA:
             stop: ends a continuation before this text, or before any of a list
             top_k: samples from this many of the most likely tokens; 0 from all
             min_p: samples from tokens at least this fraction as likely as the most likely one
+            lookup: guesses tokens from what is already in the text, which does not change it
         """
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        cuts = top_k, min_p
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
         results = in_order(completions(self.steps(prompts, settings)))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         return [text + result.text for text, result in zip(texts, results)]
@@ -180,12 +184,14 @@ class LLaMA:
         stop: list[str] | str = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        lookup: bool = False,
     ) -> str:
         """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, each a dict of role
         and content: a system's may come first, then user and assistant take turns, the user last.
         Settings and errors are those of `generate`; ValueError too for a model without chat."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        cuts = top_k, min_p
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
         [answer] = completions(self.steps([conversation(messages, self)], settings))
         return answer.text.strip()
 
@@ -202,13 +208,15 @@ class LLaMA:
         stop: list[str] | str = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        lookup: bool = False,
     ) -> Iterator[str]:
         """The continuation of one prompt in pieces, as they come. Joined they are what `generate`
         adds to the prompt; none is part of a character or taken back. Of messages, as `chat` takes
         them, they are the answer. Settings and errors are those of `generate`; a wrong setting or
         prompt raises at once."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        cuts = top_k, min_p
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
         if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
             ids = conversation(prompt, self)
             return stripped(pieces(self.steps([ids], settings)))
@@ -222,7 +230,7 @@ class LLaMA:
         decoder: Decoder | None = None,
         skip: Container[int] = (),
     ) -> Iterator[list[Continuation]]:
-        """Yields after every step the Continuations that it gave a token, in the order of their
+        """Yields after every step the Continuations that it gave tokens, in the order of their
         prompts; each comes for the last time when it has ended. What is at places to `skip` of the
         list is not continued and changes nothing for the others. A decoder that is passed goes on
         from what its cache holds of the one prompt, and stays open. See `completions`."""
@@ -259,7 +267,7 @@ class LLaMA:
             return
         # The whole list decides these, so that what is skipped changes no number.
         length = max(len(row.prompt_ids) + row.limit for row in rows)
-        slots = 1 if kept else self._slots(len(rows), length)
+        slots = 1 if kept else self._slots(len(rows), length, settings.lookup)
         shared = common_beginning([row.prompt_ids for row in rows])
         going: dict[int, Continuation] = {}  # by slot
         decoder = kept
@@ -280,10 +288,10 @@ class LLaMA:
                     drawn = decoder.step()
                 begun = [slot for slot in going if slot not in decoder.queue]
                 for slot in begun:
-                    id, *logprob = (values[slot] for values in drawn)
-                    if id == NOT_FINITE:
-                        raise FloatingPointError(NOT_FINITE_LOGITS)
-                    going[slot].add(id, *logprob)
+                    row = going[slot]
+                    add_tokens(row, *(values[slot] for values in drawn))
+                    if row.finish_reason:
+                        decoder.end(slot, len(row.prompt_ids) + len(row.ids))
                 if begun:
                     yield [going[slot] for slot in begun]
                 going = {slot: row for slot, row in going.items() if row.finish_reason is None}
@@ -293,14 +301,14 @@ class LLaMA:
             if decoder is not kept:
                 decoder.close()
 
-    def _slots(self, sequences: int, length: int) -> int:
+    def _slots(self, sequences: int, length: int, lookup: bool) -> int:
         """How many sequences of this length are continued at once: max_batch_size, or as many as
         fit, with a warning; 1 if none does, which `decoder` refuses."""
         dtype, free = self.model.tok_embeddings.weight.dtype, room.free_bytes(self._device)
         wanted = min(sequences, self.model.args.max_batch_size)
 
         def taken(slots: int) -> int:
-            need = room.need(self.model, slots, length, dtype)
+            need = room.need(self.model, slots, length, dtype, lookup)
             return need.cache + need.work
 
         with self._turn():
@@ -323,7 +331,8 @@ class LLaMA:
         try:
             with self._turn():
                 self.check_room(slots, length)
-                return Decoder(self.model, self.engine, slots, length, pick, logprobs)
+                of = self.model, self.engine, slots, length, pick, logprobs
+                return Decoder(*of, settings.lookup)
         except torch.OutOfMemoryError:
             raise self._too_big(slots, length) from None
 
@@ -415,6 +424,18 @@ def forget(error: BaseException | None, before: BaseException | None) -> None:
     while error and error is not before:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
+
+
+def add_tokens(
+    row: Continuation, ids: list[int], logprobs: Iterable[float | None] = repeat(None)
+) -> None:
+    """Adds to a row what a step drew for it, up to where it ends."""
+    for id, logprob in zip(ids, logprobs):
+        if row.finish_reason:
+            return
+        if id == NOT_FINITE:
+            raise FloatingPointError(NOT_FINITE_LOGITS)
+        row.add(id, logprob)
 
 
 def check_prompts(
