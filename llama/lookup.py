@@ -17,9 +17,9 @@ NGRAM = 3  # last tokens of a sequence that are looked up
 # Weight of what was seen before the newest guess; guesses that count as right before the first, of
 # so many, so that one must be right before a step verifies. Where every second 32 tokens of a tale
 # were copied, with 8 of another between, 2.34 times as fast and more; 8 tales of which nothing was
-# copied: 0.995 and more. With n-grams of 2: 2.28, 0.990; of 4: 2.27, 1.000 (simulated, at a cost of
+# copied: 0.996 and more. With n-grams of 2: 2.28, 0.990; of 4: 2.27, 1.000 (simulated, at a cost of
 # 1.25 steps).
-KEPT = 0.9
+KEPT = 0.8
 FIRST = 0.5, 4.0
 LOSS = 0.015  # of the time may be lost by guesses that were wrong
 

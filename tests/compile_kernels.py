@@ -27,7 +27,7 @@ LINEAR = types("digits: *i8, scales: *fp32, CB: *i8, SCB: *fp32, out: *fp32, par
 LINEAR |= types("arrivals: *i32, B: i32, N: i32")
 SPLIT = types("x: *fp32, gain: *fp16, eps: fp32, digits: *i8, scales: *fp32")
 ATTEND = types("qkv: *fp32, k_cache: *fp16, v_cache: *fp16, positions: *i64, rotation: *fp32")
-ATTEND |= types("partial: *fp32, arrivals: *i32, digits: *i8, scales: *fp32, S: i32, scale: fp32")
+ATTEND |= types("partial: *fp32, arrivals: *i32, digits: *i8, scales: *fp32, S: i32, scale: fp32, each: i32")
 ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, places: *i32, rotation: *fp32, T: i32")
 ROTATE |= types("S: i32")
 PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
@@ -57,6 +57,8 @@ def cases():
     constants |= {"H": 64, "HKV": 8, "K": 128, "HEADS": 16}
     options = {"num_warps": attention.WARPS, "num_stages": attention.STAGES}
     yield attention.attend_kernel, ATTEND, constants, options
+    constants = {"H": 64, "HKV": 8, "K": 128}
+    yield attention.store_kernel, ATTEND, constants, {"num_warps": 1}
 
     constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
     yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}

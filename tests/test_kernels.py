@@ -199,6 +199,51 @@ def test_a_row_attends_alike_whatever_runs_beside_it(monkeypatch):
     assert torch.equal(*results)
 
 
+def check_attend_to_each(starts, each, S, H, Hkv, K):
+    """`each` tokens of a sequence at once have the bits of as many steps, and leave the same keys
+    and values; the twin agrees."""
+    B = len(starts)
+    qkv = random(B, each, (H + 2 * Hkv) * K)
+    caches = [random(B, S, Hkv, K, dtype=torch.float16) for _ in range(2)]
+    for b, start in enumerate(starts):
+        for cache in caches:
+            cache[b, start:] = torch.nan
+    copies, twins = ([cache.clone() for cache in caches] for _ in range(2))
+    rotation, splits = rotation_of(S, K), attend_buffers(B * each, H, Hkv, K, qkv.device)
+    positions = torch.tensor(starts, device=DEVICE)[:, None] + torch.arange(each, device=DEVICE)
+
+    def attended(attend, rows, caches, each):
+        at = positions[:, rows].flatten()
+        return attend(qkv[:, rows].flatten(0, 1).contiguous(), caches, at, rotation, splits, each)
+
+    whole = attended(attention.attend, slice(None), caches, each)
+    for i in range(each):
+        for ours, step in zip(whole, attended(attention.attend, [i], copies, 1)):
+            assert torch.equal(ours.unflatten(0, (B, each))[:, i], step)
+    theirs = few_rows.joined(attended(attention.attend_torch, slice(None), twins, each))
+    assert (few_rows.joined(whole) - theirs).abs().max() <= 2e-3 * theirs.abs().max()
+    for cache, copy, twin in zip(caches, copies, twins):
+        assert torch.equal(cache.nan_to_num(), copy.nan_to_num())
+        assert torch.allclose(cache, twin, rtol=2**-10, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("starts, each", [([5], 8), ([60, 127, 0], 3)])
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 1)])
+def test_several_tokens_of_a_sequence_attend_as_one_by_one(starts, each, H, Hkv, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST", 1)  # over the end of a block, and of a split
+    check_attend_to_each(starts, each, 140, H, Hkv, 16)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("H, Hkv", [(40, 40), (64, 8)])
+@pytest.mark.parametrize("B, each", [(1, 8), (4, 8), (16, 2)])
+def test_several_tokens_attend_as_one_by_one_at_real_sizes(H, Hkv, B, each):
+    """In one split and in several, over the end of a block."""
+    starts = [[17, 509, 1020, 2000, 60][b % 5] + b for b in range(B)]
+    check_attend_to_each(starts, each, 2048, H, Hkv, 128)
+    check_attend_to_each([start + 40 for start in starts], each, 2096, H, Hkv, 128)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("H, Hkv", [(40, 40), (64, 8)])
 @pytest.mark.parametrize("S", [160, 2048, 16384])
