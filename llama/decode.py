@@ -52,8 +52,8 @@ class TorchEngine:
         return self.model.output(features).float()
 
     def step(self, tokens: Tensor, positions: Tensor, each: int = 1) -> Tensor:
-        """Float32 logits (B each, V) of what follows tokens (B each,) at positions (B each,), `each`
-        of a sequence one after the other: so they have the bits of that many steps."""
+        """Float32 logits (B each, V) of what follows tokens (B each,) at positions (B each,).
+        `each` of a sequence are computed one after the other, to have the bits of as many steps."""
         rows = zip(tokens.view(-1, each).T, positions.view(-1, each).T)
         logits = [self.model(one[:, None], at, self.cache) for one, at in rows]
         return torch.stack(logits, 1).flatten(0, 1)
