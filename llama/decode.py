@@ -1,11 +1,11 @@
 """The decoder: a running batch of sequences, each in a slot with its own length.
 
 `begin(slot, ids, uniform)` queues a sequence for a slot, also for one whose sequence has ended;
-`step()` returns the newest tokens of every slot: one, or several if guesses were right (`lookup`).
-Between two steps of the sequences that run, one
-pass prefills the next of the queue: at most PACK tokens, of several short prompts or of one long
-one, so that is how long the others wait. A slot's tokens are drawn from its own logits with its own
-random numbers, so that no sequence depends on the others.
+`step()` returns the newest tokens of every slot: one, or more where guesses were right (`lookup`).
+Between two steps of the sequences that run, one pass prefills the next of the queue: at most PACK
+tokens, of several short prompts or of one long one, so that is how long the others wait. A slot's
+tokens are drawn from its own logits with its own random numbers, so that no sequence depends on the
+others.
 
 Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
 `fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:
@@ -59,7 +59,7 @@ class TorchEngine:
         return torch.stack(logits, 1).flatten(0, 1)
 
     def cost(self, each: int) -> float:
-        """Plain steps that a step with `each` rows a sequence takes."""
+        """Plain steps that a step with `each` rows a sequence takes: nothing is to be gained."""
         return each
 
 
@@ -96,9 +96,11 @@ class Decoder:
         logprobs: bool = False,
         lookup: bool = False,
     ):
-        self.each = rows_each(slots) if lookup else 1
-        self.engine, self.pick = make_engine(model, engine, slots, length, self.each), pick
-        self.watch = Watch(slots, self.each, self.engine.cost(self.each)) if self.each > 1 else None
+        each = rows_each(slots) if lookup else 1
+        self.engine, self.pick = make_engine(model, engine, slots, length, each), pick
+        cost = self.engine.cost(each)
+        self.each = each if cost < each else 1  # of a sequence, most tokens of a step
+        self.watch = Watch(slots, each, cost) if self.each > 1 else None
         whole = {"dtype": torch.long, "device": model.tok_embeddings.weight.device}
         single = whole | {"dtype": torch.float32}
         self.slots = torch.arange(slots, **whole)
@@ -119,7 +121,7 @@ class Decoder:
         # ends. Such a slot has no newest token.
         self.queue: dict[int, tuple[list[int], int, int]] = {}
         self.returned = False  # the newest tokens
-        self.verified = False  # whether guesses were, in the newest step
+        self.verified = False  # whether guesses were, in the step not yet returned
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a step, by whether it verifies
 
     def begin(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
@@ -171,7 +173,7 @@ class Decoder:
         drawn += [self.told] if self.watch else []
         drawn = [values.to("cpu", non_blocking=True) for values in drawn]
         arrived = torch.cuda.current_stream().record_event() if self.newest.is_cuda else None
-        self.returned, verified = True, self.verified
+        self.returned, verified, self.verified = True, self.verified, False
         if self.graphs and any(self.left):
             self._advance()
         if arrived:
@@ -243,15 +245,15 @@ class Decoder:
         self._draw(self.engine.step(tokens, positions), self.slots)
 
     def _verify(self) -> None:
-        """As many plain steps at once as guesses are right, and one more. From the logits after a
-        guess is drawn what follows if all guesses up to it are right: with the random number of
-        that place, and the tokens before it as the sequence's."""
+        """As many plain steps at once as guesses are right, and one more. What follows a guess is
+        drawn as if it and those before it were right: with the random number of its place, and
+        after their tokens."""
         places = self.lengths[:, None] + self.rows  # (B, each), of what is drawn
         rows = self.tokens.gather(1, places - 1)
         # What lies beyond the end of a sequence is computed in its last place, and not read.
         positions = torch.minimum(places - 1, self.last[:, None])
         logits = self.engine.step(rows.flatten(), positions.flatten(), self.each)
-        sequences = self.tokens.repeat_interleave(self.each, 0)
+        sequences = self.tokens[:, None].expand(-1, self.each, -1).flatten(0, 1)
         uniform = self.uniform.gather(1, places).flatten()
         drawn = self.pick(logits, sequences, places.flatten(), uniform).view(rows.shape)
         right = (drawn[:, :-1] == rows[:, 1:]).cumprod(1).sum(1)

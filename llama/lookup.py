@@ -5,6 +5,9 @@ A step that verifies computes the logits after the newest token and after each g
 token is drawn from each as if all guesses before it were right, and is kept if they are: so a
 sequence is the same as without guesses. Such a step takes longer than a plain one, whatever comes
 of it. `Watch` decides which to take; plain steps, too, show how guesses would have fared.
+
+It is for our kernels, whose rows have the same bits however many there are. Where the plain engine
+computes, on the CPU for one, it changes nothing: there each row would take a step.
 """
 
 import torch

@@ -105,16 +105,12 @@ def test_lists(run, monkeypatch, tmp_path):
 
 
 def test_lookup(run, monkeypatch):
-    """Where it pays and where it does not, as the watch is told that it costs little."""
-    monkeypatch.setattr(benchmark_lookup, "INPUT", 60)
-    monkeypatch.setattr(benchmark_lookup, "COPIED", 12)
-    monkeypatch.setattr(benchmark_lookup, "OWN", 2)
-    monkeypatch.setattr(benchmark_lookup, "PROSE", (20, 9))
-    monkeypatch.setattr(benchmark_lookup, "TALES", 2)
-    monkeypatch.setattr(benchmark_lookup, "TALE", 60)
-    monkeypatch.setattr(benchmark_lookup, "REPEATS", 1)
-    costs, gained, spend = [], [], lookup.Watch.spend
-    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *of: costs.append(of) or 1.2)
+    """Here the watch believes that steps which verify cost little."""
+    small = {"INPUT": 60, "COPIED": 12, "OWN": 2, "PROSE": (20, 9), "TALES": 2, "TALE": 60}
+    for name, value in (small | {"REPEATS": 1}).items():
+        monkeypatch.setattr(benchmark_lookup, name, value)
+    gained, spend = [], lookup.Watch.spend
+    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *_: 1.2)
     monkeypatch.setattr(lookup.Watch, "spend", lambda *of: gained.append(of[2]) or spend(*of))
     status, out, err = run("--size=7B", "--lookup", "--batches=1,2")
     assert status == 0
@@ -122,7 +118,7 @@ def test_lookup(run, monkeypatch):
         for batch in (1, 2):
             assert f"int8: {case} with lookup at batch {batch}: " in out
             assert f"int8: {case} without, at batch {batch}: " in out
-    assert len(costs) == 8 and max(gained) == 8
+    assert max(gained) == 8
 
 
 def test_prompts_longer_than_2048_tokens(run):

@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICES
 from test_generation import STORY, encoded
 
-from llama import LLaMA, Settings, decode, lookup, room
+from llama import LLaMA, Settings, chat, decode, lookup, room
 from llama.decode import Decoder
 
 WORDS = "king queen fox wolf cat old young good rich poor".split()
@@ -30,6 +30,7 @@ def counts(monkeypatch):
         see(self, counts, *others)
 
     monkeypatch.setattr(lookup.Watch, "pays", lambda watch, left: any(watch.found))
+    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *_: 1)
     monkeypatch.setattr(Decoder, "_see", seen)
     return told
 
@@ -131,6 +132,28 @@ def test_the_end_of_text_within_guesses_ends_it(demo, counts, foresee, monkeypat
         assert rows[0].finish_reason == "eos" and end not in rows[0].tokens
 
 
+def test_a_conversation_is_the_same(demo, counts, monkeypatch):
+    monkeypatch.setattr(chat, "FEWEST_WORDS", 1)  # so that the demo chats
+    for end in (demo.tokenizer.eos_id, *demo.tokenizer.encode(", .", bos=False, eos=False)):
+        monkeypatch.setattr(demo.tokenizer, "end_ids", {end})
+        said = []
+        for on in (False, True):
+            talk = chat.Chat(demo, Settings(20, seed=2, repetition_penalty=0.6, lookup=on))
+            for line in ("The fox ran. " * 3, "The fox ran.", "Then the fox ran."):
+                "".join(talk.answer(line))
+            said.append(talk.messages)
+        assert said[0] == said[1]
+    assert max(counts) > 2
+
+
+def test_the_command_line(run_command, counts):
+    words = "llama", "--prompt", "The fox ran. " * 9, "--temperature=0", "--max_gen_len=20"
+    words += ("--device=cpu",)
+    plain, guessed = (run_command(*words, *more) for more in ([], ["--lookup"]))
+    assert plain[:2] == guessed[:2] and plain[0] == 0 and max(counts) > 1
+    assert " 20 new tokens" in plain[2] and " 20 new tokens" in guessed[2]
+
+
 @torch.inference_mode()
 def test_what_is_cached_ends_where_the_text_ended(demo):
     """A conversation goes on from it: what steps drew further is not a part of it."""
@@ -145,7 +168,7 @@ def test_what_is_cached_ends_where_the_text_ended(demo):
 def test_plain_steps_where_it_cannot_pay(demo, monkeypatch):
     """The plain engine verifies one row after the other; and many slots leave no rows."""
     assert [lookup.rows_each(slots) for slots in (1, 4, 5, 16, 17, 40)] == [8, 8, 6, 2, 1, 1]
-    monkeypatch.setattr(Decoder, "_verify", None)
+    monkeypatch.setattr(decode, "guess", None)
     check_the_same(demo, ["The fox ran. " * 9], max_gen_len=20, temperature=0)
 
 
@@ -197,6 +220,12 @@ def test_guesses_that_fail_cost_little(cost):
     assert speed(watch, [9] * 50) > 0.7 * 8 / cost
 
 
+@pytest.mark.parametrize("value", [1, "yes", None], ids=str)
+def test_it_is_on_or_off(value):
+    with pytest.raises(ValueError, match=f"^lookup is {value!r}, expected True or False$"):
+        Settings(lookup=value)
+
+
 def test_a_watch_knows_each_sequence():
     """Three copy, one of them near its end, and one does not."""
     watch = lookup.Watch(4, 8, 1.3)
@@ -212,7 +241,8 @@ def test_a_watch_knows_each_sequence():
 
 
 @torch.inference_mode()
-def test_plain_steps_tell_how_guesses_would_have_fared(demo, foresee):
+def test_plain_steps_tell_how_guesses_would_have_fared(demo, foresee, monkeypatch):
+    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *_: 7.9)  # never pays
     ids, settings = encoded(demo, "The king")[0], Settings(30, temperature=0)
     foresee(demo, results(demo, ["The king"], settings))
     decoder = demo.decoder(1, 40, dataclasses.replace(settings, lookup=True))
