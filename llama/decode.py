@@ -163,7 +163,7 @@ class Decoder:
     def step(self) -> list[list[list]]:
         """The newest tokens, one or more, of every slot that is not in the queue; NOT_FINITE for
         one whose logits were not all finite. With logprobs, a second list has theirs. A sequence
-        that has ended goes on in its last place: nobody reads it. With a CUDA graph the next step
+        that has ended goes on in its last place: nobody reads that. With a CUDA graph the next step
         already runs meanwhile; the first tokens do not wait until it is captured."""
         if self.returned and any(self.left):
             self._advance()
@@ -257,7 +257,6 @@ class Decoder:
         uniform = self.uniform.gather(1, places).flatten()
         drawn = self.pick(logits, sequences, places.flatten(), uniform).view(rows.shape)
         right = (drawn[:, :-1] == rows[:, 1:]).cumprod(1).sum(1)
-        right = torch.minimum(right, self.last - self.lengths).clamp(min=0)
 
         self.newest.copy_(drawn)
         drawn = drawn.clamp(min=0)

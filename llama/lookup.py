@@ -36,11 +36,10 @@ def guess(tokens: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Writes guesses of what follows sequences tokens[b, :lengths[b]] behind them, `count` of each;
     returns of which (B,) there are any. They are what follows the newest earlier place with the
     same last NGRAM tokens. Nothing waits for the host."""
-    B, S = tokens.shape
     new = torch.arange(count, device=tokens.device)
     last = lengths[:, None] - NGRAM + torch.arange(NGRAM, device=tokens.device)
     same = (tokens.unfold(1, NGRAM, 1) == tokens.gather(1, last.clamp(min=0))[:, None]).all(-1)
-    ends = torch.arange(NGRAM, S + 1, device=tokens.device)  # of each of these n-grams
+    ends = torch.arange(NGRAM, tokens.shape[1] + 1, device=tokens.device)  # of those n-grams
     ends = torch.where(same & (ends < lengths[:, None]), ends, 0).amax(1, keepdim=True)
     # A guess may reach the end of the sequence: then it goes on with itself.
     period = lengths[:, None] - ends

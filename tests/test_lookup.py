@@ -75,7 +75,7 @@ def check_the_same(llm, prompts, foresee=None, **settings):
 
 SETTINGS = [
     {"temperature": 0},
-    {"seed": 5, "repetition_penalty": 1.2, "top_k": 40, "stop": ["."]},
+    {"seed": 5, "repetition_penalty": 0.7, "repetition_penalty_range": 3, "top_k": 40, "stop": "."},
 ]
 
 
