@@ -34,10 +34,11 @@ def main(
     stop: str | list[str] = (),
     top_k: int = 0,
     min_p: float = 0.0,
+    lookup: bool = False,
 ):
     """Continues the prompts in this script. `python -m llama --help` explains the flags."""
     penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-    settings = max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p
+    settings = max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p, lookup
     if not prompts:
         raise ValueError("the list `prompts` in this script is empty: write a prompt into it")
     Settings(*settings)  # checked before the weights are loaded, as the prompts are

@@ -109,7 +109,7 @@ def continue_prompts(
     prompts = [record["prompt"] for record in records]
     json = json or results is not None
     single, texts, shown = len(prompts) == 1 and not json, {}, 0
-    prompt_tokens = new = first = 0
+    prompt_tokens, new, first = 0, {}, 0  # new: tokens of each prompt's text so far
     started = time.perf_counter()
     if single:
         print(printable(prompts[0]), end="", flush=True)
@@ -117,7 +117,7 @@ def continue_prompts(
     with tqdm(total=total, initial=before, unit="prompt", disable=total == 1) as bar:
         for requests in llm.steps(prompts, settings, logprobs, skip=done):
             first = first or requests[0].seconds_to_first_token
-            new += sum(request.limit > 0 for request in requests)
+            new |= {request.index: len(request.ids) for request in requests}
             if single:
                 print(printable(requests[0].read()), end="", flush=True)
             ended = [request for request in requests if request.finish_reason]
@@ -135,13 +135,14 @@ def continue_prompts(
             if ended:
                 (results or sys.stdout).flush()
                 took = time.perf_counter() - started
-                bar.set_postfix_str(f"{new / took:.1f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{sum(new.values()) / took:.1f} tokens/s", refresh=False)
                 bar.update(len(ended))
     if single:
         print()
+    tokens = sum(new.values())
     say(
-        f"{prompt_tokens} prompt tokens, {new} new tokens, {first:.2f} s to the first token, "
-        f"{new / (time.perf_counter() - started):.1f} tokens/s, "
+        f"{prompt_tokens} prompt tokens, {tokens} new tokens, {first:.2f} s to the first token, "
+        f"{tokens / (time.perf_counter() - started):.1f} tokens/s, "
         f"peak memory {readable(peak_memory(llm.device))}"
     )
 
@@ -223,6 +224,7 @@ def main(
     stop: str | list[str] = (),
     top_k: int = 0,
     min_p: float = 0.0,
+    lookup: bool = False,
 ):
     """Continues prompts with LLaMA in INT8, or talks (--chat).
 
@@ -251,7 +253,8 @@ def main(
     if max_gen_len is None:
         max_gen_len = max_seq_len if chat else 256
     penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-    settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+    cuts = top_k, min_p
+    settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
     others = {"prompt": prompt, "prompt_file": prompt_file, "interactive": interactive}
     others |= {"json": json, "resume": resume, "logprobs": logprobs}
     given = [name for name, value in others.items() if value not in (None, False)]

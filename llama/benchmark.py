@@ -25,6 +25,7 @@ from json import dump, dumps, loads
 import torch
 from torch import nn
 
+from llama.benchmark_lookup import lookup_figures
 from llama.cli import run
 from llama.decode import Decoder, in_passes, make_engine
 from llama.generation import LLaMA
@@ -49,9 +50,8 @@ DEVICE = torch.device("cuda")
 REPEATS = 5
 # With --lists: prompts of a length in a range, which also has the number of new tokens of each
 LISTED, SLOTS, RANGE = 256, 32, (32, 512)
-SHORT = 8  # tokens
+SHORT, COPIES = 8, 8  # tokens of short prompts; copies of one
 SHARED = 1000, 16  # tokens that twice as many prompts as slots begin with, and of their own
-COPIES = 8
 ENGINES = {"int8": (True, "triton"), "int8_bnb": (True, "bnb"), "fp16": (False, "triton")}
 
 # A process of its own, whose start and first token are timed.
@@ -189,8 +189,9 @@ def main(
     engines: str = ",".join(ENGINES),
     json: str | None = None,
     lists: bool = False,
+    lookup: bool = False,
 ):
-    """Times start, prefill and decoding on CUDA, or lists of prompts.
+    """Times start, prefill and decoding on CUDA, or lists of prompts, or prompt lookup.
 
     Args:
         size: one of llama.memory, with random weights
@@ -201,6 +202,7 @@ def main(
         engines: some of int8,int8_bnb,fp16
         json: a file that the figures are written to as well
         lists: times lists of prompts instead, in int8
+        lookup: times prompt lookup instead, in int8 (see `benchmark_lookup`)
     """
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
@@ -227,15 +229,18 @@ def main(
     for name, value in figures.items():
         print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
 
-    for name in ["int8"] if lists else engines:
+    for name in ["int8"] if lists or lookup else engines:
         with left_out(name):
-            if lists:
+            if lookup:
+                for figure in lookup_figures(build(name, *model_of), batches):
+                    report(figures, *figure)
+            elif lists:
                 time_lists(build(name, *model_of), figures)
             else:
                 time_engine(name, model_of, lengths, batches, bandwidth, figures)
         gc.collect()
         torch.cuda.empty_cache()
-    if not lists:
+    if not (lists or lookup):
         for other in engines[1:]:
             compare(figures, engines[0], other)
         for part, took in first_token_seconds(engines[0], *model_of).items():
@@ -261,7 +266,6 @@ def time_engine(
     torch.cuda.synchronize()
     if model_of[1]:
         report(figures, f"{name}: load", time.perf_counter() - started, "s")
-    args = llm.model.args
     weights = weight_bytes(llm.model, torch.float16)
     read = weights - llm.model.tok_embeddings.weight.nbytes  # of which a step reads a row
     for length in lengths:
@@ -269,13 +273,12 @@ def time_engine(
         report(figures, f"{name}: prefill of {length} tokens", 1000 * took, "ms")
     peak = torch.cuda.max_memory_allocated() / GIB
     driver = (used_bytes() - used_before) / GIB
-    note = f" ({driver:.2f} GiB with torch's pool)"
     what = f"{name}: GPU memory with one sequence of {max(lengths)} tokens"
-    report(figures, what, peak, "GiB", note)
+    report(figures, what, peak, "GiB", f" ({driver:.2f} GiB with torch's pool)")
     for context, batch in itertools.product((min(lengths), max(lengths)), batches):
         with left_out(name):
             took = step_seconds(llm, batch, context)
-            cached = cache_bytes(args, batch, context + NEW_TOKENS // 2, torch.float16)
+            cached = cache_bytes(llm.model.args, batch, context + NEW_TOKENS // 2, torch.float16)
             rate = (read + cached) / took / bandwidth
             report(
                 figures,
@@ -388,8 +391,7 @@ def compare(figures: dict, ours: str, theirs: str) -> None:
     for key in [key for key in figures if key.startswith(f"{ours}: ")]:
         other, unit = key.replace(ours, theirs, 1), key.rpartition(", ")[2]
         if other in figures and unit in ("tokens/s", "ms", "s"):
-            ratio = figures[key] / figures[other]
-            ratio = ratio if unit == "tokens/s" else 1 / ratio
+            ratio = (figures[key] / figures[other]) ** (1 if unit == "tokens/s" else -1)
             what = key.removeprefix(f"{ours}: ").rsplit(",", 1)[0]
             print(f"{ours} against {theirs}: {what}: {ratio:.2f}x")
 

@@ -1,10 +1,11 @@
 """The decoder: a running batch of sequences, each in a slot with its own length.
 
 `begin(slot, ids, uniform)` queues a sequence for a slot, also for one whose sequence has ended;
-`step()` returns the newest token of every slot. Between two steps of the sequences that run, one
-pass prefills the next of the queue: at most PACK tokens, of several short prompts or of one long
-one, so that is how long the others wait. A slot's tokens are drawn from its own logits with its own
-random numbers, so that no sequence depends on the others.
+`step()` returns the newest tokens of every slot: one, or more where guesses were right (`lookup`).
+Between two steps of the sequences that run, one pass prefills the next of the queue: at most PACK
+tokens, of several short prompts or of one long one, so that is how long the others wait. A slot's
+tokens are drawn from its own logits with its own random numbers, so that no sequence depends on the
+others.
 
 Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
 `fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from llama.buffers import PACK
 from llama.int8 import Int8Linear
+from llama.lookup import Watch, guess, rows_each
 from llama.model import KVCache, Span, Transformer
 
 ENGINES = ("triton", "bnb")
@@ -49,19 +51,27 @@ class TorchEngine:
         """Float32 logits (T, V) of what follows each of some tokens."""
         return self.model.output(features).float()
 
-    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Float32 logits (B, V) of what follows tokens (B,) at positions (B,)."""
-        return self.model(tokens[:, None], positions, self.cache)
+    def step(self, tokens: Tensor, positions: Tensor, each: int = 1) -> Tensor:
+        """Float32 logits (B each, V) of what follows tokens (B each,) at positions (B each,).
+        `each` of a sequence are computed one after the other, to have the bits of as many steps."""
+        rows = zip(tokens.view(-1, each).T, positions.view(-1, each).T)
+        logits = [self.model(one[:, None], at, self.cache) for one, at in rows]
+        return torch.stack(logits, 1).flatten(0, 1)
+
+    def cost(self, each: int) -> float:
+        """Plain steps that a step with `each` rows a sequence takes: nothing is to be gained."""
+        return each
 
 
-def make_engine(model: Transformer, name: str, slots: int, length: int):
-    """The engine of this name, with a cache for so many sequences of that length."""
+def make_engine(model: Transformer, name: str, slots: int, length: int, each: int = 1):
+    """The engine of this name, with a cache for so many sequences of that length, of which a step
+    takes up to `each` tokens."""
     weight = model.tok_embeddings.weight
     cache = KVCache(model.args, slots, length, weight.dtype, weight.device)
     if name == "triton" and weight.is_cuda and isinstance(model.output, Int8Linear):
         from llama.fused import FusedEngine  # Triton comes with torch's CUDA build alone
 
-        return FusedEngine(model, cache)
+        return FusedEngine(model, cache, each)
     return TorchEngine(model, cache)
 
 
@@ -84,34 +94,52 @@ class Decoder:
         length: int,
         pick: Pick,
         logprobs: bool = False,
+        lookup: bool = False,
     ):
-        self.engine, self.pick = make_engine(model, engine, slots, length), pick
+        each = rows_each(slots) if lookup else 1
+        self.engine, self.pick = make_engine(model, engine, slots, length, each), pick
+        cost = self.engine.cost(each)
+        self.each = each if cost < each else 1  # of a sequence, most tokens of a step
+        self.watch = Watch(slots, each, cost) if self.each > 1 else None
         whole = {"dtype": torch.long, "device": model.tok_embeddings.weight.device}
         single = whole | {"dtype": torch.float32}
         self.slots = torch.arange(slots, **whole)
-        self.tokens = torch.zeros(slots, length, **whole)
-        self.uniform = torch.zeros(slots, length, **single)  # draws the token at the same place
+        self.rows = torch.arange(self.each, **whole)
+        # Guesses are written behind a sequence, and may pass its end.
+        self.tokens = torch.zeros(slots, length + self.each, **whole)
+        self.uniform = torch.zeros(slots, length + self.each, **single)  # draws the token there
         self.lengths = torch.ones(slots, **whole)
         self.last = torch.zeros(slots, **whole)  # the last place that each sequence may fill
-        self.newest = torch.zeros(slots, **whole)
-        self.logprobs = torch.zeros(slots, **single) if logprobs else None
-        self.left = [0] * slots  # tokens still to be drawn
+        # Of the newest step: what it drew of each sequence, how many of these tokens are its own,
+        # how many guesses were right, and whether there are some for the next step.
+        self.newest = torch.zeros(slots, self.each, **whole)
+        self.counts, self.right, self.found = self.told = torch.ones(3, slots, **whole)
+        self.logprobs = torch.zeros(slots, self.each, **single) if logprobs else None
+        self.left = [0] * slots  # tokens still to be drawn, or fewer, as guesses may be right
+        self.ends = [length] * slots  # tokens of each sequence that are its own
         # By slot: ids of which not all are in the cache yet, how many are, and where the sequence
         # ends. Such a slot has no newest token.
         self.queue: dict[int, tuple[list[int], int, int]] = {}
         self.returned = False  # the newest tokens
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.verified = False  # whether guesses were, in the step not yet returned
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a step, by whether it verifies
 
     def begin(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
         """Queues a sequence for a slot; the first `start` of its ids are in the slot's cache
         already. uniform (n,), on the host, has a number in [0, 1) for each token to come, of which
         there is at least one."""
         end = len(ids) + len(uniform)
-        self.left[slot] = 0
+        self.left[slot], self.ends[slot] = 0, end
         self._hold(slot, start)
+        if self.watch:
+            self.watch.begin(slot)
         # The host does not wait for the step that runs: this shall come right after it.
         self.uniform[slot, len(ids) : end].copy_(uniform, non_blocking=True)
         self.queue[slot] = ids, start, end
+
+    def end(self, slot: int, length: int) -> None:
+        """Ends a slot's sequence after its first `length` tokens; steps may have drawn more."""
+        self.left[slot], self.ends[slot] = 0, length
 
     def share(self, ids: list[int]) -> None:
         """Prefills what all prompts begin with and copies its keys and values to every slot. No
@@ -128,27 +156,34 @@ class Decoder:
     def cached(self, slot: int, ids: list[int]) -> int:
         """How many of ids, the last not among them, a slot's cache holds from an earlier sequence
         that begins alike. Its newest token is never in it."""
-        there = self.tokens[slot, : self.lengths[slot] - 1].tolist()
+        length = min(int(self.lengths[slot]), self.ends[slot])
+        there = self.tokens[slot, : length - 1].tolist()
         return len([*takewhile(lambda pair: pair[0] == pair[1], zip(there, ids[:-1]))])
 
-    def step(self) -> list[list]:
-        """The newest token of every slot that is not in the queue, NOT_FINITE where its logits were
-        not all finite; with logprobs, a second list has theirs. A sequence that has ended goes on
-        in its last place: nobody reads it. With a CUDA graph the next step already runs meanwhile;
-        the first tokens do not wait until it is captured."""
+    def step(self) -> list[list[list]]:
+        """The newest tokens, one or more, of every slot that is not in the queue; NOT_FINITE for
+        one whose logits were not all finite. With logprobs, a second list has theirs. A sequence
+        that has ended goes on in its last place: nobody reads that. With a CUDA graph the next step
+        already runs meanwhile; the first tokens do not wait until it is captured."""
         if self.returned and any(self.left):
             self._advance()
         if self.queue:
             self._prefill()
         drawn = [self.newest] if self.logprobs is None else [self.newest, self.logprobs]
+        drawn += [self.told] if self.watch else []
         drawn = [values.to("cpu", non_blocking=True) for values in drawn]
         arrived = torch.cuda.current_stream().record_event() if self.newest.is_cuda else None
-        self.returned = True
-        if self.graph and any(self.left):
+        self.returned, verified, self.verified = True, self.verified, False
+        if self.graphs and any(self.left):
             self._advance()
         if arrived:
             arrived.synchronize()
-        return [values.tolist() for values in drawn]
+        drawn = [values.tolist() for values in drawn]
+        if not self.watch:
+            return drawn
+        *drawn, told = drawn
+        self._see(*told, verified)
+        return [[own[:n] for own, n in zip(values, told[0])] for values in drawn]
 
     def close(self) -> None:
         """Lets go of cache and graph, though the frames of an error may still hold this decoder."""
@@ -194,44 +229,89 @@ class Decoder:
     def _advance(self) -> None:
         """Computes what follows the newest token of every slot, and draws the next."""
         self.returned = False
+        self.verified = self.watch is not None and self.watch.pays(self.left)
         self.left = [max(0, n - 1) for n in self.left]
+        forward = self._verify if self.verified else self._forward
         if self.engine.capturable:
-            self.graph = self.graph or self._capture()
-            self.graph.replay()
+            if self.verified not in self.graphs:
+                self.graphs[self.verified] = self._capture(forward)
+            self.graphs[self.verified].replay()
         else:
-            self._forward()
+            forward()
 
     def _forward(self) -> None:
-        tokens, positions = self.newest.clamp(min=0), self.lengths - 1
+        positions = self.lengths - 1
+        tokens = self.tokens[self.slots, positions]
         self._draw(self.engine.step(tokens, positions), self.slots)
+
+    def _verify(self) -> None:
+        """As many plain steps at once as guesses are right, and one more. What follows a guess is
+        drawn as if it and those before it were right: with the random number of its place, and
+        after their tokens."""
+        places = self.lengths[:, None] + self.rows  # (B, each), of what is drawn
+        rows = self.tokens.gather(1, places - 1)
+        # What lies beyond the end of a sequence is computed in its last place, and not read.
+        positions = torch.minimum(places - 1, self.last[:, None])
+        logits = self.engine.step(rows.flatten(), positions.flatten(), self.each)
+        sequences = self.tokens[:, None].expand(-1, self.each, -1).flatten(0, 1)
+        uniform = self.uniform.gather(1, places).flatten()
+        drawn = self.pick(logits, sequences, places.flatten(), uniform).view(rows.shape)
+        right = (drawn[:, :-1] == rows[:, 1:]).cumprod(1).sum(1)
+
+        self.newest.copy_(drawn)
+        drawn = drawn.clamp(min=0)
+        if self.logprobs is not None:
+            every = logits.log_softmax(-1).view(*rows.shape, -1)
+            self.logprobs.copy_(every.gather(2, drawn[..., None])[..., 0])
+        self.tokens.scatter_(1, places, drawn)
+        self.lengths.copy_(torch.minimum(self.lengths + right + 1, self.last + 1))
+        self.right.copy_(right)
+        self.counts.copy_(right + 1)
+        self.found.copy_(guess(self.tokens, self.lengths, self.each - 1))
 
     def _draw(self, logits: Tensor, slots: Tensor) -> None:
         """Draws what follows the sequences in slots (n,) from logits (n, V)."""
         tokens, lengths = self.tokens[slots], self.lengths[slots]
         place = torch.minimum(lengths, self.last[slots])
         drawn = self.pick(logits, tokens, lengths, self.uniform[slots, place])
-        self.newest[slots] = drawn
+        self.newest[slots, 0] = drawn
         drawn = drawn.clamp(min=0)
         if self.logprobs is not None:
-            self.logprobs[slots] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+            self.logprobs[slots, 0] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         self.tokens[slots, place] = drawn
         self.lengths[slots] = place + 1
+        if self.watch:
+            guessed = tokens.gather(1, place[:, None])[:, 0]
+            self.right[slots] = (drawn == guessed).long()
+            self.counts.index_fill_(0, slots, 1)
+            self.found.copy_(guess(self.tokens, self.lengths, self.each - 1))
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _see(self, counts: list[int], right: list[int], found: list[int], verified: bool) -> None:
+        """Has the watch take what a step told of the sequences that run."""
+        gained = []
+        for slot in {*range(len(self.left))} - {*self.queue}:
+            self.watch.see(slot, right[slot], self.each - 1 if verified else 1, found[slot] > 0)
+            if self.left[slot]:
+                gained.append(counts[slot])
+            self.left[slot] = max(0, self.left[slot] - counts[slot] + 1)
+        if gained:
+            self.watch.spend(verified, sum(gained) / len(gained))
+
+    def _capture(self, forward: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """A step as a CUDA graph. It runs once to compile and warm up, and what it changed is put
         back. Other threads may use the GPU meanwhile."""
-        state = [self.tokens, self.lengths, self.newest]
+        state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._forward()
+            forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             try:
                 graph.capture_begin(capture_error_mode="thread_local")
-                self._forward()
+                forward()
             finally:  # after Ctrl-C, too: a stream left capturing would refuse all other work
                 if torch.cuda.is_current_stream_capturing():
                     graph.capture_end()

@@ -27,14 +27,11 @@ from llama.device import ONE_CORE, at_work, forgetting, pick_device, pick_engine
 from llama.model import Transformer
 from llama.params import model_folder, read_model
 from llama.request import Completion, Request, completions, pieces
-from llama.sampling import NOT_FINITE, next_token, uniform_numbers
+from llama.sampling import NOT_FINITE_LOGITS, next_token, uniform_numbers
 from llama.settings import Settings
 from llama.tokenizer import Tokenizer, encode_all
 
 SHARED = 32  # fewest tokens at the beginning of all prompts that get a prefill of their own
-NOT_FINITE_LOGITS = (
-    "the model computed logits that are not finite: the weights are damaged or overflow fp16"
-)
 
 
 class LLaMA:
@@ -112,6 +109,7 @@ class LLaMA:
         stop: list[str] | str = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        lookup: bool = False,
     ) -> list[str]:
         """Returns each prompt followed by its continuation, in order.
 
@@ -137,9 +135,11 @@ class LLaMA:
             stop: ends a continuation before this text, or before any of a list
             top_k: samples from this many of the most likely tokens; 0 from all
             min_p: samples from tokens at least this fraction as likely as the most likely one
+            lookup: guesses tokens from what is already in the text, which does not change it
         """
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        cuts = top_k, min_p
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
         results = sorted(completions(self.steps(prompts, settings)), key=attrgetter("index"))
         texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts]
         return [text + result.text for text, result in zip(texts, results)]
@@ -173,12 +173,14 @@ class LLaMA:
         stop: list[str] | str = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        lookup: bool = False,
     ) -> str:
         """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, dicts of role and
         content: one by the system may come first, then user and assistant take turns, and the last
         is by the user. Settings and errors are those of `generate`; ValueError for other models."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        cuts = top_k, min_p
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
         [answer] = completions(self.steps([conversation(messages, self)], settings))
         return answer.text.strip()
 
@@ -195,13 +197,15 @@ class LLaMA:
         stop: list[str] | str = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        lookup: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of a prompt in pieces, as they come; joined they are what
         `generate` adds to it. No piece is part of a character or taken back. For messages, as for
         `chat`, it yields the answer. Settings and errors are those of `generate`; a wrong setting
         or prompt raises at once."""
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p)
+        cuts = top_k, min_p
+        settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
         if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
             return stripped(pieces(self.steps([conversation(prompt, self)], settings)))
         return pieces(self.steps([prompt], settings))
@@ -214,7 +218,7 @@ class LLaMA:
         decoder: Decoder | None = None,
         skip: Container[int] = (),
     ) -> Iterator[list[Request]]:
-        """Yields after every step the requests that it gave a token, in the order of their
+        """Yields after every step the requests that it gave tokens, in the order of their
         prompts; each comes for the last time when it has ended. Prompts at places of the list that
         are in `skip` are not continued, which changes nothing for the others. A decoder that is
         passed goes on from what its cache holds of the one prompt, and stays open. Errors of
@@ -254,7 +258,8 @@ class LLaMA:
         requests = [request for request in requests if request.limit]
         length = max(len(request.prompt_ids) + request.limit for request in requests)
         with self._turn():
-            slots = 1 if kept else room.slots_that_fit(self.model, len(requests), length)
+            of = self.model, len(requests), length, settings.lookup
+            slots = 1 if kept else room.slots_that_fit(*of)
         shared = common_beginning([request.prompt_ids for request in requests])
         running: dict[int, Request] = {}  # by slot
         decoder = kept
@@ -275,10 +280,10 @@ class LLaMA:
                     drawn = decoder.step()
                 prefilled = [slot for slot in running if slot not in decoder.queue]
                 for slot in prefilled:
-                    id, *logprob = (values[slot] for values in drawn)
-                    if id == NOT_FINITE:
-                        raise FloatingPointError(NOT_FINITE_LOGITS)
-                    running[slot].add(id, *logprob)
+                    request = running[slot]
+                    request.extend(*(values[slot] for values in drawn))
+                    if request.finish_reason:
+                        decoder.end(slot, len(request.prompt_ids) + len(request.ids))
                 if prefilled:
                     yield [running[slot] for slot in prefilled]
                 for slot in prefilled:
@@ -298,7 +303,8 @@ class LLaMA:
         try:
             with self._turn():
                 room.check_cache(self.model, slots, length)
-                return Decoder(self.model, self.engine, slots, length, pick, logprobs)
+                of = self.model, self.engine, slots, length, pick, logprobs
+                return Decoder(*of, settings.lookup)
         except torch.OutOfMemoryError:
             raise room.too_big(self.model, slots, length) from None
 

@@ -6,10 +6,12 @@ reading after each token takes microseconds however long the text is.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat
 
+from llama.sampling import NOT_FINITE, NOT_FINITE_LOGITS
 from llama.tokenizer import Tokenizer
 
 
@@ -86,6 +88,15 @@ class Request:
     def begin(self) -> None:
         """Starts the clock: the request has a slot."""
         self._began = time.perf_counter()
+
+    def extend(self, ids: list[int], logprobs: Iterable[float | None] = repeat(None)) -> None:
+        """Takes the next tokens, up to the last. FloatingPointError if one is NOT_FINITE."""
+        for id, logprob in zip(ids, logprobs):
+            if id == NOT_FINITE:
+                raise FloatingPointError(NOT_FINITE_LOGITS)
+            self.add(id, logprob)
+            if self.finish_reason:
+                return
 
     def add(self, id: int, logprob: float | None = None) -> None:
         """Takes the next token. Sets finish_reason if it is the last: the end of the text, the end

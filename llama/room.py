@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from llama.buffers import PACK, DecodeBuffers, PrefillBuffers
+from llama.buffers import MOST_ROWS, PACK, DecodeBuffers, PrefillBuffers
 from llama.int8 import Int8Linear
+from llama.lookup import EACH
 from llama.model import KVCache, ModelArgs, Transformer
 
 GIB = 2**30
@@ -39,19 +40,22 @@ class Need:
         return self.weights + self.cache + self.work
 
 
-def need(model: Transformer, batch: int, length: int, dtype: torch.dtype) -> Need:
+def need(
+    model: Transformer, batch: int, length: int, dtype: torch.dtype, lookup: bool = False
+) -> Need:
     """For `batch` sequences of `length` tokens; the model may be on the meta device. Work is the
     buffers of a prefill pass in int8 on CUDA, and of a step."""
     args = model.args
     rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
     cache = KVCache(args, batch, length, dtype, META)
     prefill = PrefillBuffers(args, min(PACK, batch * length), META)
-    decode = DecodeBuffers(args, batch, META)
+    rows = max(batch, min(EACH * batch, MOST_ROWS)) if lookup else batch
+    decode = DecodeBuffers(args, rows, META)
     attention = prefill.qkv[:, : args.dim].nbytes
     return Need(
         weights=rotation + sum(map(pooled, weight_sizes(model, dtype))),
         cache=pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
-        work=nbytes(prefill) + attention + nbytes(decode) + SAMPLING * batch * args.vocab_size,
+        work=nbytes(prefill) + attention + nbytes(decode) + SAMPLING * rows * args.vocab_size,
     )
 
 
@@ -102,14 +106,14 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
         )
 
 
-def slots_that_fit(model: Transformer, sequences: int, length: int) -> int:
+def slots_that_fit(model: Transformer, sequences: int, length: int, lookup: bool) -> int:
     """How many sequences of this length a loaded model continues at once: all up to max_batch_size,
     or, with a warning, as many as fit; 1 if none does, which `check_cache` refuses."""
     weight, wanted = model.tok_embeddings.weight, min(sequences, model.args.max_batch_size)
     free = free_bytes(weight.device)
 
     def taken(slots: int) -> int:
-        needed = need(model, slots, length, weight.dtype)
+        needed = need(model, slots, length, weight.dtype, lookup)
         return needed.cache + needed.work
 
     if taken(wanted) <= free:

@@ -12,6 +12,9 @@ from torch import Tensor
 from llama.settings import Settings
 
 NOT_FINITE = -1  # the token of a row whose logits are not all finite
+NOT_FINITE_LOGITS = (
+    "the model computed logits that are not finite: the weights are damaged or overflow fp16"
+)
 SMALLEST = 1e-30  # divisor: float32 takes 1e-46 for 0, and 0 / 0 is no number
 
 

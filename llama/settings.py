@@ -37,6 +37,7 @@ class Settings:
     stop: list[str] | str = ()
     top_k: int = 0
     min_p: float = 0.0
+    lookup: bool = False
 
     def __post_init__(self):
         check_fields(
@@ -51,6 +52,8 @@ class Settings:
             top_k=(int, 0, 2**31),
             min_p=(float, 0, 1),
         )
+        if not isinstance(self.lookup, bool):
+            raise ValueError(f"lookup is {self.lookup!r:.60}, expected True or False")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(

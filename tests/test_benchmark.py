@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from llama import benchmark, decode, memory, room
+from llama import benchmark, benchmark_lookup, decode, lookup, memory, room
 
 
 @pytest.fixture
@@ -102,6 +102,23 @@ def test_lists(run, monkeypatch, tmp_path):
         "8 copies of it",
     ):
         assert figures[f"int8: first token of {what}, ms"] > 0
+
+
+def test_lookup(run, monkeypatch):
+    """Here the watch believes that steps which verify cost little."""
+    small = {"INPUT": 60, "COPIED": 12, "OWN": 2, "PROSE": (20, 9), "TALES": 2, "TALE": 60}
+    for name, value in (small | {"REPEATS": 1}).items():
+        monkeypatch.setattr(benchmark_lookup, name, value)
+    gained, spend = [], lookup.Watch.spend
+    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *_: 1.2)
+    monkeypatch.setattr(lookup.Watch, "spend", lambda *of: gained.append(of[2]) or spend(*of))
+    status, out, err = run("--size=7B", "--lookup", "--batches=1,2")
+    assert status == 0
+    for case in ("copy", "prose"):
+        for batch in (1, 2):
+            assert f"int8: {case} with lookup at batch {batch}: " in out
+            assert f"int8: {case} without, at batch {batch}: " in out
+    assert max(gained) == 8
 
 
 def test_prompts_longer_than_2048_tokens(run):

@@ -73,6 +73,30 @@ def test_step_is_as_exact_as_int8_weights_allow(B, n_kv_heads):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("B, each", [(3, 4), pytest.param(1, 8, marks=pytest.mark.cuda)])
+def test_several_tokens_of_a_sequence_have_the_bits_of_as_many_steps(B, each):
+    """Logits, keys and values; another token at the beginning changes all logits."""
+    torch.manual_seed(0)
+    params = tiny_params(**SMALL, n_kv_heads=1)
+    model = int8_model(params, random_weights(params, outliers=(3,), vocab_size=50))
+    engines = [fused.FusedEngine(model, cache_of(model, B), each) for _ in range(2)]
+    together, apart = engines
+    for engine in engines:
+        engine.cache.k[:, :, :5] = engine.cache.v[:, :, :5] = 0.5
+    tokens = torch.randint(3, 50, (B, each), device=DEVICE)
+    positions = torch.arange(B, device=DEVICE)[:, None] + 5 + torch.arange(each, device=DEVICE)
+    steps = zip(tokens.T.contiguous(), positions.T.contiguous())
+    whole = together.step(tokens.flatten(), positions.flatten(), each).view(B, each, -1).clone()
+    for i, step in enumerate(steps):
+        assert torch.equal(whole[:, i], apart.step(*step))
+    assert torch.equal(together.cache.k, apart.cache.k)
+    assert torch.equal(together.cache.v, apart.cache.v)
+    tokens[:, 0] = 3 + (tokens[:, 0] - 2) % 47
+    other = together.step(tokens.flatten(), positions.flatten(), each).view(B, each, -1)
+    assert not (other == whole).all(-1).any()
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("n_kv_heads, outliers", [(None, ()), (1, (3,))])
 def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatch):
     """Kernels and twins differ in the order of float32 sums; a sum that then rounds to another code

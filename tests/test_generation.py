@@ -32,6 +32,11 @@ def decoder_of(llm, prompt_ids, count, seen):
     return decoder
 
 
+def newest(decoder):
+    """The newest token of each slot, where each has one."""
+    return [id for [id] in decoder.step()[0]]
+
+
 def encoded(llm, *prompts):
     return [llm.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
@@ -71,12 +76,12 @@ def test_a_slot_is_given_a_new_prompt_while_others_go_on(device):
 
     def beside_two(ids, count):
         decoder = decoder_of(llm, [ids, two], count, [])
-        return [list(column) for column in zip(*(decoder.step()[0] for _ in range(count)))]
+        return [list(column) for column in zip(*(newest(decoder) for _ in range(count)))]
 
     decoder = decoder_of(llm, [one, two], 40, [])
-    steps = [decoder.step()[0] for _ in range(10)]
+    steps = [newest(decoder) for _ in range(10)]
     decoder.begin(0, new, torch.zeros(12))
-    steps += [decoder.step()[0] for _ in range(12)]
+    steps += [newest(decoder) for _ in range(12)]
     ids = [list(column) for column in zip(*steps)]
     assert ids[0] == beside_two(one, 10)[0] + beside_two(new, 12)[0]
     assert ids[1] == beside_two(one, 22)[1]
@@ -88,7 +93,7 @@ def test_a_decoder_computes_no_more_than_its_sequences_ask_for(demo_float, passe
     [ids] = encoded(demo_float, PROMPTS[0])
     decoder, said = decoder_of(demo_float, [ids], 4, []), [*ids]
     for _ in range(4):
-        said += decoder.step()[0]
+        said += decoder.step()[0][0]
         assert decoder.cached(0, [*said, 5, 5, 5]) == len(said) - 1
     assert passes == [[(0, 0, len(ids))], None, None, None]
     decoder.step()
@@ -105,7 +110,7 @@ def test_a_step_reads_the_token_that_was_drawn_the_first_of_the_vocabulary_too(d
 
     decoder = Decoder(demo_float.model, "triton", 1, len(ids) + 3, first)
     decoder.begin(0, ids, torch.zeros(3))
-    assert [decoder.step()[0] for _ in range(3)] == [[0]] * 3
+    assert [decoder.step()[0] for _ in range(3)] == [[[0]]] * 3
     expected = torch.cat([*demo_float.logits([*ids, 0, 0])])[-3:]
     assert (torch.cat(seen) - expected).abs().max() < 1e-4
 
@@ -239,16 +244,16 @@ def test_running_rows_wait_for_one_pass_between_two_steps(demo_float, passes, mo
     prompts = encoded(demo_float, "The king", PROMPTS[2], "A fox", "Once")
     assert [*map(len, prompts)] == [3, 21, 3, 2]
     decoder = decoder_of(demo_float, prompts, 12, [])
-    expected = [*zip(*(decoder.step()[0] for _ in range(12)))]
+    expected = [*zip(*(newest(decoder) for _ in range(12)))]
     monkeypatch.setattr(decode, "PACK", 8)
     decoder, drawn = Decoder(demo_float.model, "triton", 4, 40, decoder.pick), [[], [], [], []]
     passes.clear()
     for slots in ([0], [1, 2, 3], *[[]] * 10):
         for slot in slots:
             decoder.begin(slot, prompts[slot], torch.zeros(12))
-        newest, *_ = decoder.step()
+        drawn_now = newest(decoder)
         for slot in {*range(4)} - {*decoder.queue} if len(passes) > 1 else [0]:
-            drawn[slot].append(newest[slot])
+            drawn[slot].append(drawn_now[slot])
     of_long = [[(1, 0, 8)], None, [(1, 8, 8)], None, [(1, 16, 5), (2, 0, 3)]]
     assert passes == [[(0, 0, 3)], None, *of_long, None, [(3, 0, 2)], *[None] * 7]
     assert [*map(len, drawn)] == [12, 9, 9, 8]
@@ -259,9 +264,9 @@ def tokens_of(decoder, slots):
     """The first 20 tokens of each slot."""
     tokens = [[] for _ in range(slots)]
     while min(map(len, tokens)) < 20:
-        newest, *_ = decoder.step()
+        drawn = newest(decoder)
         for slot in {*range(slots)} - {*decoder.queue}:
-            tokens[slot].append(newest[slot])
+            tokens[slot].append(drawn[slot])
     return [ids[:20] for ids in tokens]
 
 

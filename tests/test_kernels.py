@@ -232,6 +232,36 @@ def test_a_row_attends_alike_whatever_runs_beside_it(monkeypatch):
     assert torch.equal(*results)
 
 
+def check_attend_to_each(starts, each, S, H, Hkv, K):
+    """`each` tokens of a sequence at once have the bits of as many steps."""
+    B = len(starts)
+    q = (random(B, each, H * K) * K**-0.5).half()
+    caches = [random(B, S, Hkv, K, dtype=torch.float16) for _ in range(2)]
+    splits = attend_buffers(B * each, H, Hkv, K, q.device)
+    positions = torch.tensor(starts, device=DEVICE)[:, None] + torch.arange(each, device=DEVICE)
+    whole = attention.attend(q.flatten(0, 1), caches, positions.flatten(), splits)
+    for i in range(each):
+        step = attention.attend(q[:, i].contiguous(), caches, positions[:, i].contiguous(), splits)
+        for ours, alone in zip(whole, step):
+            assert torch.equal(ours.unflatten(0, (B, each))[:, i], alone)
+
+
+@pytest.mark.parametrize("starts, each", [([5], 8), ([60, 127, 0], 3)])
+@pytest.mark.parametrize("H, Hkv", [(2, 2), (4, 1)])
+def test_several_tokens_of_a_sequence_attend_as_one_by_one(starts, each, H, Hkv, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST", 1)  # over the end of a block, and of a split
+    check_attend_to_each(starts, each, 140, H, Hkv, 16)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("H, Hkv", [(40, 40), (64, 8)])
+@pytest.mark.parametrize("B, each", [(1, 8), (4, 8), (16, 2)])
+def test_several_tokens_attend_as_one_by_one_at_real_sizes(H, Hkv, B, each):
+    """In one split and in several, over the end of a block."""
+    starts = [[17, 509, 1020, 2000, 60][b % 5] + b for b in range(B)]
+    check_attend_to_each(starts, each, 2048, H, Hkv, 128)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("H, Hkv", [(40, 40), (64, 8)])
 @pytest.mark.parametrize("S", [160, 2048, 16384])
