@@ -34,6 +34,7 @@ class ModelArgs:
     n_heads: int = 32
     n_kv_heads: int | None = None  # None: as many as n_heads
     vocab_size: int = -1  # -1: the tokenizer's
+    bos_id: int = 1  # the tokenizer's
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None  # None: 1
     norm_eps: float = 1e-5

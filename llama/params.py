@@ -54,7 +54,8 @@ def read_model(
         near = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
         tokenizer_path = next((path for path in near if path.is_file()), near[0])
     tokenizer = Tokenizer(tokenizer_path)
-    return model_args(params, tokenizer.n_words, **limits), tokenizer
+    args = model_args(params, tokenizer.n_words, **limits)
+    return replace(args, bos_id=tokenizer.bos_id), tokenizer
 
 
 def read_params(ckpt_dir: Path) -> dict:
@@ -104,7 +105,7 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
-    known = {field.name for field in fields(ModelArgs)}
+    known = {field.name for field in fields(ModelArgs)} - {"bos_id"}
     if unknown := sorted(params.keys() - known):
         kinds = (kind for key, kind in OTHER_MODELS.items() if key in " ".join(unknown))
         raise ValueError(

@@ -97,6 +97,24 @@ def test_several_tokens_of_a_sequence_have_the_bits_of_as_many_steps(B, each):
 
 
 @torch.inference_mode()
+def test_bos_is_rounded_as_in_a_step_where_it_is_first():
+    """Not in the middle of a prompt, nor another token that is first."""
+    torch.manual_seed(0)
+    params = tiny_params(**SMALL, n_kv_heads=1)
+    model = int8_model(params, random_weights(params, outliers=(3,), vocab_size=50))
+    engine = fused.FusedEngine(model, cache_of(model, 2))
+    bos = model.args.bos_id
+    tokens = torch.tensor([bos, 7, bos, 7, bos], device=DEVICE)
+    engine.prefill(tokens, [(0, 0, 3), (1, 0, 2)])
+    step = fused.FusedEngine(model, cache_of(model, 1))
+    step.step(tokens[:1], torch.zeros_like(tokens[:1]))
+    for ours, exact in ((engine.cache.k, step.cache.k), (engine.cache.v, step.cache.v)):
+        assert torch.equal(ours[:, 0, 0], exact[:, 0, 0])
+        assert not torch.equal(ours[:, 0, 2], exact[:, 0, 0])
+        assert not torch.equal(ours[:, 1, 0], exact[:, 0, 0])
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("n_kv_heads, outliers", [(None, ()), (1, (3,))])
 def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatch):
     """Kernels and twins differ in the order of float32 sums; a sum that then rounds to another code

@@ -463,8 +463,9 @@ def test_rotate(spans, H, Hkv, K):
     caches = [poisoned(4, S, Hkv, K, dtype=torch.float16) for _ in range(2)]
     twins, twin_qkv = [cache.clone() for cache in caches], qkv.clone()
     rotation, places = rotation_of(S, K), rotary.places_of(spans, S, qkv.device)
-    rotary.rotate(qkv, caches, places, rotation)
-    rotary.rotate_torch(twin_qkv, twins, places, rotation)
+    tokens, first = torch.arange(T, device=DEVICE) % 2, [random(Hkv, K).half() for _ in range(2)]
+    rotary.rotate(qkv, caches, places, rotation, tokens, 0, first)
+    rotary.rotate_torch(twin_qkv, twins, places, rotation, tokens, 0, first)
     for ours, theirs in zip((qkv, *caches), (twin_qkv, *twins)):
         assert torch.allclose(ours, theirs, rtol=2**-10, atol=1e-6, equal_nan=True)
     [first, *_] = spans

@@ -21,18 +21,19 @@ def places_of(spans: list[Span], S: int, device: torch.device) -> Tensor:
     return torch.cat(places).to(device, non_blocking=True)
 
 
-def rotate_torch(qkv, caches, places, rotation) -> None:
+def rotate_torch(qkv, caches, places, rotation, tokens, bos, first) -> None:
     (T, _), (_, S, Hkv, K) = qkv.shape, caches[0].shape
     q, k, v = qkv.view(T, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 1)
     for x in (q, k):
         x.copy_(model.rotate(x[None], rotation[None, places % S])[0])
-    for x, cache in zip((k, v), caches):
-        cache[places // S, places % S] = x
+    known = (places % S == 0) & (tokens == bos)
+    for x, exact, cache in zip((k, v), first, caches):
+        cache[places // S, places % S] = torch.where(known[:, None, None], exact, x)
 
 
 @triton.jit(do_not_specialize=["T"])
 def rotate_kernel(
-    qkv, k_cache, v_cache, places, rotation, T, S,
+    qkv, k_cache, v_cache, places, rotation, tokens, bos, first_k, first_v, T, S,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Each program turns one head of BLOCK_T tokens."""
@@ -43,6 +44,7 @@ def rotate_kernel(
     place = tl.load(places + t, mask=inside, other=0)
     source = qkv + (t * (H + 2 * HKV) + h) * K + d
     target = place.to(tl.int64) * (HKV * K) + d
+    known = (place % S == 0) & (tl.load(tokens + t, mask=inside) == bos)
     x = tl.load(source, mask=inside)
     if h < H + HKV:
         even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_T, K // 2, 2)))
@@ -52,17 +54,30 @@ def rotate_kernel(
         x = tl.reshape(turned, (BLOCK_T, K)).to(x.dtype)
         tl.store(source, x, mask=inside)
         if h >= H:
-            tl.store(k_cache + target + (h - H) * K, x, mask=inside)
+            at = (h - H) * K
+            x = tl.where(known, tl.load(first_k + at + d), x)
+            tl.store(k_cache + target + at, x, mask=inside)
     else:
-        tl.store(v_cache + target + (h - H - HKV) * K, x, mask=inside)
+        at = (h - H - HKV) * K
+        x = tl.where(known, tl.load(first_v + at + d), x)
+        tl.store(v_cache + target + at, x, mask=inside)
 
 
-def rotate(qkv: Tensor, caches: Pair, places: Tensor, rotation: Tensor) -> None:
-    """Rotates queries and keys of T tokens in place, and stores keys and values in the caches
-    (B, S, Hkv, K) fp16 where places_of() says. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by
-    side; rotation (.., K/2, 2) float32 begins with position 0."""
+def rotate(
+    qkv: Tensor,
+    caches: Pair,
+    places: Tensor,
+    rotation: Tensor,
+    tokens: Tensor,
+    bos: int,
+    first: Pair,
+) -> None:
+    """Rotates queries and keys of tokens (T,) in place, and stores keys and values in the caches
+    (B, S, Hkv, K) fp16 where places_of() says; where BOS is first in a sequence, `first` (Hkv, K)
+    are its key and value instead. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by side;
+    rotation (.., K/2, 2) float32 begins with position 0."""
     (T, width), (_, S, Hkv, K) = qkv.shape, caches[0].shape
     heads = width // K
-    grid = (triton.cdiv(T, BLOCK_T), heads)
+    args = qkv, *caches, places, rotation, tokens, bos, *first, T, S
     constants = heads - 2 * Hkv, Hkv, K, BLOCK_T
-    launch(rotate_kernel, grid, qkv, *caches, places, rotation, T, S, *constants, num_warps=4)
+    launch(rotate_kernel, (triton.cdiv(T, BLOCK_T), heads), *args, *constants, num_warps=4)
