@@ -72,6 +72,8 @@ def open_results(path: str, records: list[dict]) -> tuple[TextIO, set[int]]:
     """Opens a file of results to append to; returns it and the indices of the records whose results
     it has. A last line that was cut short, by a killed run, is removed. ValueError for others."""
     file = Path(path).expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        raise OSError(f"--resume is {path!r:.160}: expected a file in a folder that exists")
     content = file.read_bytes() if file.exists() else b""
     *lines, cut = content.decode(errors="replace").split("\n")
     done = set()
@@ -111,11 +113,12 @@ def continue_prompts(
     single, texts, shown = len(prompts) == 1 and not json, {}, 0
     prompt_tokens, new, first = 0, {}, 0  # new: tokens of each prompt's text so far
     started = time.perf_counter()
+    steps = llm.steps(prompts, settings, logprobs, skip=done)  # errors before anything is printed
     if single:
         print(printable(prompts[0]), end="", flush=True)
     total, before = len(prompts), sum(place in done for place in range(len(prompts)))
     with tqdm(total=total, initial=before, unit="prompt", disable=total == 1) as bar:
-        for requests in llm.steps(prompts, settings, logprobs, skip=done):
+        for requests in steps:
             first = first or requests[0].seconds_to_first_token
             new |= {request.index: len(request.ids) for request in requests}
             if single:

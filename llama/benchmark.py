@@ -39,15 +39,13 @@ from llama.settings import Settings, check
 from llama.tokenizer import Tokenizer
 
 OUTLIERS = [7, 300, 1021, 1333, 2047]  # 1B has a width of 2,048
-OUTLIER = 8.0
-NORM = 0.5  # norm weights of the other features
+OUTLIER, NORM = 8.0, 0.5  # norm weights of these features and of the others
 LENGTHS = (128, 512, 1900)
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 32
 CONTEXT = 2048  # tokens, which LLaMA was trained with; more for longer prompts
 LONGEST = 131072  # tokens, as Llama 3.1's context
-DEVICE = torch.device("cuda")
-REPEATS = 5
+DEVICE, REPEATS = torch.device("cuda"), 5
 # With --lists: prompts of a length in a range, which also has the number of new tokens of each
 LISTED, SLOTS, RANGE = 256, 32, (32, 512)
 SHORT, COPIES = 8, 8  # tokens of short prompts; copies of one
@@ -206,6 +204,8 @@ def main(
     """
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
+    if lists and lookup:
+        raise ValueError("--lists and --lookup are two benchmarks: leave one of them out")
     if ckpt_dir is None:
         args_of(size)  # its error before anything long
     engines = engines.split(",")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llama.decode import Decoder
 from llama.generation import LLaMA
+from llama.lookup import rows_each
 from llama.sampling import next_token
 from llama.settings import Settings
 
@@ -28,13 +29,13 @@ INPUT, COPIED, OWN = 1024, 32, 8  # tokens
 PROSE = 256, 512  # tokens of input and output
 TALES, TALE = 32, 480  # at once, tokens of each
 REPEATS = 3
-IDS = 2**17  # tokens of a vocabulary at most: an id over it is an exact float32 below 1
+IDS = 2**17  # tokens of a vocabulary at most: an id divided by it is an exact float32 below 1
 Text = tuple[list[int], list[int]]  # ids of an input and of its output
 
 
 def lookup_figures(llm: LLaMA, batches: list[int]) -> Iterator[tuple[str, float, str, str]]:
     """Name, value, unit and a note of each figure: tokens a second with lookup and without."""
-    for batch in batches:
+    for batch in (batch for batch in batches if rows_each(batch) > 1):
         tales = told(llm, batch, max(2 * INPUT, sum(PROSE)))
         for case, texts in (("copy", [*map(copy, tales)]), ("prose", [*map(prose, tales)])):
             forced_seconds(llm, texts, True)  # compiles

@@ -30,7 +30,7 @@ class PrefillBuffers:
 
 
 class DecodeBuffers:
-    """For the steps of B sequences, and for the output head."""
+    """For steps of at most B rows, of which a sequence may have several."""
 
     def __init__(self, args: ModelArgs, B: int, device: torch.device):
         single = {"dtype": torch.float32, "device": device}

@@ -241,6 +241,7 @@ def plan(model: Transformer, shards: Shards) -> list[Weight]:
     """Where each tensor of the model is, in the model's order. ValueError names the first that does
     not fit, or what is missing or left over. Llama 3.2 has no output head in its files: it is the
     embeddings again."""
+    # Scaled rope tells Llama 3.1 and later from those whose head is really missing.
     tied = model.args.use_scaled_rope and not any("output.weight" in s for s in shards.values())
     if tied and not holds_int8(shards):
         for shard in shards.values():

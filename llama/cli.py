@@ -77,8 +77,11 @@ def arguments(words: list[str], flags: Mapping[str, inspect.Parameter]) -> list[
                 raise ValueError(f"--{name} has no value: write --{name}=VALUE")
             value = words.pop(0) if follows else "True"
         if name in given:
-            several = 'several texts are lines of a --prompt_file or --stop=\'["a", "b"]\''
-            raise ValueError(f"--{name} is given twice: give it once; {several}")
+            several = {
+                "prompt": "; several are lines of a --prompt_file",
+                "stop": """; several are --stop='["a", "b"]'""",
+            }
+            raise ValueError(f"--{name} is given twice: give it once{several.get(name, '')}")
         given[name] = value
         required = [name for name in required if name not in given]
     if required:

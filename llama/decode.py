@@ -51,9 +51,10 @@ class TorchEngine:
         """Float32 logits (T, V) of what follows each of some tokens."""
         return self.model.output(features).float()
 
-    def step(self, tokens: Tensor, positions: Tensor, each: int = 1) -> Tensor:
-        """Float32 logits (B each, V) of what follows tokens (B each,) at positions (B each,).
-        `each` of a sequence are computed one after the other, to have the bits of as many steps."""
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Float32 logits (B, V) of what follows tokens (B,) at positions (B,). Those of a sequence,
+        side by side, are computed one after the other, to have the bits of as many steps."""
+        each = len(tokens) // self.cache.k.shape[1]  # 1 except in tests: see cost()
         rows = zip(tokens.view(-1, each).T, positions.view(-1, each).T)
         logits = [self.model(one[:, None], at, self.cache) for one, at in rows]
         return torch.stack(logits, 1).flatten(0, 1)
@@ -115,7 +116,7 @@ class Decoder:
         self.newest = torch.zeros(slots, self.each, **whole)
         self.counts, self.right, self.found = self.told = torch.ones(3, slots, **whole)
         self.logprobs = torch.zeros(slots, self.each, **single) if logprobs else None
-        self.left = [0] * slots  # tokens still to be drawn, or fewer, as guesses may be right
+        self.left = [0] * slots  # most tokens still to be drawn; right guesses count when read
         self.ends = [length] * slots  # tokens of each sequence that are its own
         # By slot: ids of which not all are in the cache yet, how many are, and where the sequence
         # ends. Such a slot has no newest token.
@@ -163,11 +164,12 @@ class Decoder:
     def step(self) -> list[list[list]]:
         """The newest tokens, one or more, of every slot that is not in the queue; NOT_FINITE for
         one whose logits were not all finite. With logprobs, a second list has theirs. A sequence
-        that has ended goes on in its last place: nobody reads that. With a CUDA graph the next step
-        already runs meanwhile; the first tokens do not wait until it is captured."""
+        that has ended goes on, at most to its last place: nobody reads that. With a CUDA graph the
+        next step already runs meanwhile; the first tokens do not wait until it is captured."""
         if self.returned and any(self.left):
             self._advance()
-        if self.queue:
+        queued = {*self.queue}
+        if queued:
             self._prefill()
         drawn = [self.newest] if self.logprobs is None else [self.newest, self.logprobs]
         drawn += [self.told] if self.watch else []
@@ -182,7 +184,7 @@ class Decoder:
         if not self.watch:
             return drawn
         *drawn, told = drawn
-        self._see(*told, verified)
+        self._see(*told, verified, queued)
         return [[own[:n] for own, n in zip(values, told[0])] for values in drawn]
 
     def close(self) -> None:
@@ -191,8 +193,8 @@ class Decoder:
         vars(self).clear()
 
     def _hold(self, slots: int | slice, start: int) -> None:
-        """Has steps, which run over all slots, write to place `start` alone, which the next prefill
-        overwrites; what is before it is in the cache."""
+        """Has steps, which run over all slots, put keys and values at place `start` alone and
+        tokens behind it: both are overwritten before they are read. What is before is cached."""
         self.lengths[slots], self.last[slots] = start + 1, start
 
     def _prefill(self) -> None:
@@ -252,7 +254,7 @@ class Decoder:
         rows = self.tokens.gather(1, places - 1)
         # What lies beyond the end of a sequence is computed in its last place, and not read.
         positions = torch.minimum(places - 1, self.last[:, None])
-        logits = self.engine.step(rows.flatten(), positions.flatten(), self.each)
+        logits = self.engine.step(rows.flatten(), positions.flatten())
         sequences = self.tokens[:, None].expand(-1, self.each, -1).flatten(0, 1)
         uniform = self.uniform.gather(1, places).flatten()
         drawn = self.pick(logits, sequences, places.flatten(), uniform).view(rows.shape)
@@ -286,12 +288,20 @@ class Decoder:
             self.counts.index_fill_(0, slots, 1)
             self.found.copy_(guess(self.tokens, self.lengths, self.each - 1))
 
-    def _see(self, counts: list[int], right: list[int], found: list[int], verified: bool) -> None:
-        """Has the watch take what a step told of the sequences that run."""
+    def _see(
+        self,
+        counts: list[int],
+        right: list[int],
+        found: list[int],
+        verified: bool,
+        queued: set[int],
+    ) -> None:
+        """Has the watch take what a step told of the sequences that run. Those that were queued
+        before it had their first token of a prefill."""
         gained = []
         for slot in {*range(len(self.left))} - {*self.queue}:
             self.watch.see(slot, right[slot], self.each - 1 if verified else 1, found[slot] > 0)
-            if self.left[slot]:
+            if self.left[slot] and slot not in queued:
                 gained.append(counts[slot])
             self.left[slot] = max(0, self.left[slot] - counts[slot] + 1)
         if gained:

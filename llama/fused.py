@@ -22,9 +22,8 @@ from llama.kernels.prefill_attention import attend, tiles_of
 from llama.kernels.rotary import places_of, rotate
 from llama.model import KVCache, RMSNorm, Span, Transformer
 
-# Of a step with several rows a sequence, in plain steps: the weights are read once, but multiplied
-# on tensor cores. From README's rates, H100: 8 rows take 1.2 times as long as one, 32 rows 1.6
-# times as long as one and 1.34 times as long as 8.
+# A step with several rows a sequence, in plain steps; each row adds COST_ROW. For 13B 8 rows took
+# 1.14 times as long as one (H100, 2026-11-27); guesses and draws add to that.
 COST = 1.2
 COST_ROW = 0.006
 
@@ -75,9 +74,9 @@ class FusedEngine:
         linear(normalized(features, self.model.norm), self.output, logits, "store")
         return logits
 
-    def step(self, tokens: Tensor, positions: Tensor, each: int = 1) -> Tensor:
-        """Logits (B each, V) float32, always the same memory, that follow tokens (B each,) at
-        positions (B each,), `each` of a sequence side by side."""
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, V) float32, always the same memory, that follow tokens (B,) at positions (B,),
+        the same number of each sequence, side by side."""
         model, buffers, rows = self.model, self.buffers, len(tokens)
         residual = model.tok_embeddings.weight[tokens].float()
         q, hidden, logits = buffers.q[:rows], buffers.hidden[:rows], buffers.logits[:rows]

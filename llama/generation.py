@@ -115,8 +115,8 @@ class LLaMA:
 
         Up to max_batch_size are continued at a time, fewer where memory is short; when one ends,
         the next takes its place. Between two tokens of those that run, at most 512 tokens of new
-        prompts are prefilled. A beginning that all share is prefilled once, and rounded a little
-        differently than in each alone: `[prompt] * n` gives n continuations of one prefill.
+        prompts are prefilled. A beginning that all share is prefilled once: `[prompt] * n` gives n
+        continuations of one prefill. (On a CPU and with bnb that may round a little differently.)
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a
@@ -135,7 +135,8 @@ class LLaMA:
             stop: ends a continuation before this text, or before any of a list
             top_k: samples from this many of the most likely tokens; 0 from all
             min_p: samples from tokens at least this fraction as likely as the most likely one
-            lookup: guesses tokens from what is already in the text, which does not change it
+            lookup: finishes earlier where the text repeats itself, with the same result (int8 on
+                CUDA, up to 16 prompts at once)
         """
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         cuts = top_k, min_p

@@ -51,11 +51,11 @@ def need(
     prefill = PrefillBuffers(args, min(PACK, batch * length), META)
     rows = max(batch, min(EACH * batch, MOST_ROWS)) if lookup else batch
     decode = DecodeBuffers(args, rows, META)
-    attention = prefill.qkv[:, : args.dim].nbytes
+    embedded = prefill.qkv[:, : args.dim].nbytes
     return Need(
         weights=rotation + sum(map(pooled, weight_sizes(model, dtype))),
         cache=pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
-        work=nbytes(prefill) + attention + nbytes(decode) + SAMPLING * rows * args.vocab_size,
+        work=nbytes(prefill) + embedded + nbytes(decode) + SAMPLING * rows * args.vocab_size,
     )
 
 
@@ -142,7 +142,7 @@ def too_big(model: Transformer, sequences: int, length: int) -> MemoryError:
     return MemoryError(
         f"{sequences} x {length} tokens need {needed:.1f} GiB for keys and values and some for "
         f"work, {weight.device} has {free_bytes(weight.device) / GIB:.1f} GiB free: lower "
-        "--max_batch_size or --max_gen_len"
+        "--max_batch_size, --max_gen_len or, with --chat, --max_seq_len"
     )
 
 

@@ -43,7 +43,8 @@ TESTS = {  # of a module, the quickest to notice first
     "tokenizer": "tokenizer faults settings",
     "shards": "shards faults checkpoint load_faults",
     "checkpoint": "checkpoint saved faults load_faults",
-    "decode": "generation chat",
+    "decode": "generation lookup chat",
+    "lookup": "lookup",
     "generation": "generation settings chat",
 }
 MORE = "sampling settings int8 model request tokenizer shards checkpoint saved faults "

@@ -86,13 +86,13 @@ def test_several_tokens_of_a_sequence_have_the_bits_of_as_many_steps(B, each):
     tokens = torch.randint(3, 50, (B, each), device=DEVICE)
     positions = torch.arange(B, device=DEVICE)[:, None] + 5 + torch.arange(each, device=DEVICE)
     steps = zip(tokens.T.contiguous(), positions.T.contiguous())
-    whole = together.step(tokens.flatten(), positions.flatten(), each).view(B, each, -1).clone()
+    whole = together.step(tokens.flatten(), positions.flatten()).view(B, each, -1).clone()
     for i, step in enumerate(steps):
         assert torch.equal(whole[:, i], apart.step(*step))
     assert torch.equal(together.cache.k, apart.cache.k)
     assert torch.equal(together.cache.v, apart.cache.v)
     tokens[:, 0] = 3 + (tokens[:, 0] - 2) % 47
-    other = together.step(tokens.flatten(), positions.flatten(), each).view(B, each, -1)
+    other = together.step(tokens.flatten(), positions.flatten()).view(B, each, -1)
     assert not (other == whole).all(-1).any()
 
 

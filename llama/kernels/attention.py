@@ -21,8 +21,8 @@ BLOCK = 64  # tokens at a time
 # reached with 40 heads, 32 rows and 2,048 tokens, and 0.83 with 32 heads on 8, 8 rows and 8,192; 4
 # blocks: 0.93 and 0.77 (H100, 2026-11-26).
 LEAST = 8
-# As many as there is work for: more would only be launched. With 1,024 a step of 32 rows took 24.0
-# ms after 1,900 tokens, 22.9 with these (13B, H100, 2026-11-27).
+# Most programs of a step: fewer leave the GPU idle, more only cost their launch. With 1,024 a step
+# of 32 rows took 24.0 ms after 1,900 tokens, with these 22.9 (13B, H100, 2026-11-27).
 PROGRAMS = 4096
 WARPS = 4
 STAGES = 3
@@ -41,7 +41,7 @@ def attend_torch(q, caches, positions, buffers=None) -> Pair:
 
 
 @triton.jit
-def store_heads(
+def store_digits(
     heads, h, there, digits, scales, H: tl.constexpr, K: tl.constexpr, DIGITS: tl.constexpr
 ):
     """Stores heads (n, K), whose numbers are h (n,), as two digits and a scale each."""
@@ -109,7 +109,7 @@ def attend_kernel(
 
         if splits == 1:
             heads = value / total[:, None]
-            store_heads(heads, kv * GROUP + h, there, digits, scales, H, K, DIGITS)
+            store_digits(heads, kv * GROUP + h, there, digits, scales, H, K, DIGITS)
         else:
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals + tl.program_id(0), 1)
@@ -127,7 +127,7 @@ def attend_kernel(
                     weight = tl.exp(bests - tl.max(bests, 0))
                     merged = tl.sum(weight[:, None] * values, 0) / tl.sum(weight * totals, 0)
                     one = tl.arange(0, 1)
-                    store_heads(
+                    store_digits(
                         merged[None, :],
                         kv * GROUP + g + one,
                         one == 0,

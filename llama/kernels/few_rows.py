@@ -20,9 +20,9 @@ from llama.kernels.launch import dependent
 TILE = 1024  # columns that a program of split() takes
 GROUP = 128  # columns that share a scale, or those of an attention head
 DIGITS = 32512  # the largest value of two digits: 256 x 127
-# Outputs a program for one row. The four matrices of a layer of 13B took 111 us, where a plain sum
-# takes 104; 1 row and 2 warps: 114, 4 rows: 141 (H100, 2026-11-26).
-ROWS = 2
+# Outputs of a program where there is one row. The four matrices of a layer of 13B took 111 us; a
+# plain sum takes 104, 1 output and 2 warps 114, 4 outputs 141 (H100, 2026-11-26).
+OUTPUTS = 2
 WARPS = 4
 Norm = tuple[Tensor, float] | None  # of an RMSNorm: its weight (D,) fp16 and epsilon
 Heads = tuple[Pair, Tensor, Tensor]  # caches, positions and angles of linear()
@@ -35,11 +35,11 @@ def linear_torch(x: Pair, weights: Pair, out: Tensor, then: str, heads=None) -> 
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
     if then == "rotate":
-        y = store_heads_torch(y, heads)
+        y = store_rotated_torch(y, heads)
     out.copy_(y + out if then == "add" else y)
 
 
-def store_heads_torch(y: Tensor, heads: Heads) -> Tensor:
+def store_rotated_torch(y: Tensor, heads: Heads) -> Tensor:
     caches, positions, angles = heads
     slots, _, Hkv, K = caches[0].shape
     rows = torch.arange(len(y), device=y.device) // (len(y) // slots)
@@ -173,13 +173,13 @@ def quarters(y, R: tl.constexpr):
 
 @triton.jit
 def one_row_kernel(
-    digits, scales, CB, SCB, out, k_cache, v_cache, positions, angles, S, N,
-    D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr,
+    digits, scales, CB, SCB, out, k_cache, v_cache, positions, angles, N,
+    D: tl.constexpr, GROUP: tl.constexpr, OUTPUTS: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr,
     THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes ROWS outputs; it requests their weights, all of them, before the wait.
-    digits and CB are words of four."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Each program requests all weights of its outputs before the wait. digits and CB are words of
+    four."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     END: tl.constexpr = D // 4
     STEP: tl.constexpr = GROUP // 4
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
@@ -188,14 +188,14 @@ def one_row_kernel(
     words = (quarter[:, None] * (QUARTER * STEP) + words[None, :])[None]
     row = CB + (tl.minimum(n, N - 1).to(tl.int64) * END)[:, None, None]
     tiles = requested(row, words, STEP, QUARTER, END)
-    y = tl.zeros((ROWS, 4), tl.float32)
+    y = tl.zeros((OUTPUTS, 4), tl.float32)
     if THEN == "swiglu":
         up_tiles = requested(row + tl.cast(N, tl.int64) * END, words, STEP, QUARTER, END)
-        up = tl.zeros((ROWS, 4), tl.float32)
+        up = tl.zeros((OUTPUTS, 4), tl.float32)
     if THEN == "rotate":
         b = tl.arange(0, 1)
         position = tl.load(positions + b)
-        cos, sin = turn(angles, n, ROWS, b, b == 0, K)
+        cos, sin = turn(angles, n, OUTPUTS, b, b == 0, K)
     if PDL:
         gdc_launch_dependents()  # not before its own requests: 1 % of a step
         gdc_wait()
@@ -210,13 +210,13 @@ def one_row_kernel(
         if THEN == "swiglu":
             up += group_product(up_tiles[i], high, low, scale, DP4A)
     there = n < N
-    y = quarters(y, ROWS) * (tl.load(SCB + n, there, 0) / 127)
+    y = quarters(y, OUTPUTS) * (tl.load(SCB + n, there, 0) / 127)
     if THEN == "swiglu":
-        up = quarters(up, ROWS) * (tl.load(SCB + N + n, there, 0) / 127)
+        up = quarters(up, OUTPUTS) * (tl.load(SCB + N + n, there, 0) / 127)
         y = y * tl.sigmoid(y) * up
     if THEN == "rotate":
         place = position * HKV * K
-        store_heads(y[:, None], n, b, place, cos, sin, out, k_cache, v_cache, N, b == 0, HKV, K)
+        store_rotated(y[:, None], n, b, place, cos, sin, out, k_cache, v_cache, N, b == 0, HKV, K)
         return
     if THEN == "add":
         y += tl.load(out + n, there)
@@ -224,15 +224,15 @@ def one_row_kernel(
 
 
 @triton.jit
-def turn(angles, n, N: tl.constexpr, b, there, K: tl.constexpr):
-    """cos and sin (N / 2, B) that rotate each two of outputs n (N,) of rows b (B,)."""
-    pair, _ = tl.split(tl.reshape(n % K, (N // 2, 2)))
+def turn(angles, n, SIZE: tl.constexpr, b, there, K: tl.constexpr):
+    """cos and sin (SIZE / 2, B) that rotate each two of outputs n (SIZE,) of rows b (B,)."""
+    pair, _ = tl.split(tl.reshape(n % K, (SIZE // 2, 2)))
     at = angles + b[None, :] * K + pair[:, None]
     return tl.load(at, there[None, :], 0), tl.load(at + 1, there[None, :], 0)
 
 
 @triton.jit
-def store_heads(
+def store_rotated(
     y, n, b, place, cos, sin, q, k_cache, v_cache, N, there, HKV: tl.constexpr, K: tl.constexpr
 ):
     """Rotates outputs n of queries and keys y (n, b), and stores them: queries scaled, keys and
@@ -315,7 +315,7 @@ def few_rows_kernel(
         y = y * tl.sigmoid(y) * up
     if THEN == "rotate":
         place = (b // EACH * S + position) * HKV * K
-        store_heads(y, n, b, place, cos, sin, out, k_cache, v_cache, N, b < B, HKV, K)
+        store_rotated(y, n, b, place, cos, sin, out, k_cache, v_cache, N, b < B, HKV, K)
         return
     there = there[:, None] & (b < B)[None, :]
     target = out + b[None, :] * N + n[:, None]
@@ -342,32 +342,34 @@ def linear(x: Pair, weights: Pair, out: Tensor, then: str, heads: Heads | None =
     half into out (B, N / 2) float32. "rotate" is for queries, keys and values side by side, N =
     (H + 2 Hkv) K: queries are rotated and go, times K^-1/2, into out (B, H K) fp16, rotated keys
     and values into caches (slots, S, Hkv, K) fp16 at `positions` (B,), by whose `angles` (B, K/2,
-    2) float32 they are rotated; B / slots rows share a slot. A row's result is the same bit
-    for bit whatever the number of rows is."""
+    2) float32 they are rotated; B / slots rows, at most 32, share a slot. A row's result is the
+    same bit for bit whatever the number of rows is."""
     (digits, scales), (CB, SCB) = x, weights
     (B, _, D), N = digits.shape, len(CB) // (2 if then == "swiglu" else 1)
     caches, positions, angles = heads or ((None, None), None, None)
     slots, S, Hkv, K = caches[0].shape if heads else (1, 0, 0, 0)
     if B > MOST_ROWS:
-        for first in range(0, B, MOST_ROWS):
-            rows, some = slice(first, first + MOST_ROWS), heads
+        each = B // slots if heads else 1
+        most = MOST_ROWS // each * each  # whole slots
+        for first in range(0, B, most):
+            rows, some = slice(first, first + most), heads
             if heads:
-                of = slice(first * slots // B, (first + MOST_ROWS) * slots // B)
+                of = slice(first // each, (first + most) // each)
                 some = [cache[of] for cache in caches], positions[rows], angles[rows]
             linear((digits[rows], scales[rows]), weights, out[rows], then, some)
         return
     group = triton.next_power_of_2(triton.cdiv(D, scales.shape[1]))
     options = {**dependent(out), "enable_fp_fusion": False, "num_warps": WARPS}
-    target = out, *caches, positions, angles, S
+    target = out, *caches, positions, angles
     if B == 1:
         words = digits.view(torch.int32), scales, CB.view(torch.int32), SCB
-        one_row_kernel[(triton.cdiv(N, ROWS),)](
-            *words, *target, N, D, group, ROWS, Hkv, K, then, out.is_cuda, **options
+        one_row_kernel[(triton.cdiv(N, OUTPUTS),)](
+            *words, *target, N, D, group, OUTPUTS, Hkv, K, then, out.is_cuda, **options
         )
         return
     block_n, stages = tile_of(B, then)
     few_rows_kernel[(triton.cdiv(N, block_n),)](
-        digits, scales, CB, SCB, *target, B // slots, B, N, D, group,
+        digits, scales, CB, SCB, *target, S, B // slots, B, N, D, group,
         max(8, triton.next_power_of_2(B)), block_n, Hkv, K, then, **options, num_stages=stages,
     )  # fmt: skip
 
@@ -375,5 +377,6 @@ def linear(x: Pair, weights: Pair, out: Tensor, then: str, heads: Heads | None =
 def tile_of(B: int, then: str) -> tuple[int, int]:
     """Outputs a program, and stages of its loads. With 8, 16 and 32 rows a step of 13B took 5.92,
     6.60 and 8.05 ms after 128 tokens; with 32 outputs 6.08 for 8 rows, with 16 6.90 for 16 rows,
-    with 32 in "swiglu" 8.23 for 32 rows (H100, 2026-11-27). It must fit in 99 KiB."""
+    with 32 in "swiglu" 8.23 for 32 rows (H100, 2026-11-27). The stages must
+    fit in 99 KiB of shared memory."""
     return 16 if B <= 8 or then == "swiglu" else 32, 3 if B > 16 else 4
