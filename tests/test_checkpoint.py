@@ -46,14 +46,14 @@ def test_matrices_come_in_blocks_of_so_many_values(
 ):
     """Of one row at least; each block into its rows."""
     folder, _, _ = make_folder(n_shards, outliers=(3,))
-    whole, fill, blocks = logits(folder, use_int8=use_int8), checkpoint.fill, defaultdict(list)
+    whole, fill, blocks = logits(folder, use_int8=use_int8), checkpoint.fill_block, defaultdict(list)
 
     def watched(buffers, name, block, targets):
         blocks[name].append(len(targets[0]))
         assert all(len(target) == len(targets[0]) for target in targets)
         fill(buffers, name, block, targets)
 
-    monkeypatch.setattr(checkpoint, "fill", watched)
+    monkeypatch.setattr(checkpoint, "fill_block", watched)
     monkeypatch.setattr(checkpoint, "VALUES_A_BLOCK", values)
     monkeypatch.setattr(checkpoint, "BYTES_A_BLOCK", 2 * values)  # of fp16
     assert torch.equal(logits(folder, use_int8=use_int8), whole)
