@@ -21,6 +21,19 @@ from checkpoints import random_weights, tiny_params, write_checkpoint
 
 from llama import LLaMA, Tokenizer, cli
 
+interpreter = sys.modules.get("triton.runtime.interpreter")
+if interpreter and hasattr(interpreter, "_patch_lang"):
+    # It replaces what is in triton.language for each call of a function within a kernel, which is
+    # half of its time. Once for each module is enough where nothing is compiled.
+    scopes, patch_lang = {}, interpreter._patch_lang
+
+    def patch_once(fn):
+        if fn.__module__ not in scopes:
+            scopes[fn.__module__] = patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch_once
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "llama" / "demo"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
