@@ -79,12 +79,13 @@ def make_folder(tmp_path):
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of a command in
-    this process: a function that `cli.run` is given, a script, or a module by its name."""
+    """run_command(command, *arguments, stdin=b"", errors="strict") -> exit status, stdout and
+    stderr of a command in this process: a function that `cli.run` is given, a script, or a module
+    by its name; `errors` is what the locale does with bytes that are no text."""
 
-    def call(command, *arguments, stdin=b""):
+    def call(command, *arguments, stdin=b"", errors="strict"):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8", errors))
         status = 0
         try:
             if isinstance(command, Path):

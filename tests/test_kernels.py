@@ -26,8 +26,8 @@ from llama.sampling import NOT_FINITE, draw, next_token  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# Inputs, outputs: odd in the interpreter, where each program takes its time, but for groups that are
-# whole in each quarter; of 7B to 65B on a GPU.
+# Inputs, outputs: in the interpreter few and odd, and once a whole group in each quarter; of 7B to
+# 65B on a GPU.
 SHAPES = [(300, 35), (64, 2), (1156, 7), (512, 5)]
 LARGE = [
     (4096, 12288, "store"),
