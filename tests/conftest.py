@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Of small matrices, threads mostly wait for each other: beside another program two took 421 s of CPU
-# for what one does in 165.
+# With small matrices, threads mostly wait for each other: beside another program two took 431 s of
+# CPU for what one does in 156.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import byte_pairs
