@@ -10,6 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# With small matrices, threads mostly wait for each other: beside another program two took 431 s of
+# CPU for what one does in 156.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import byte_pairs
 import pytest
 import torch
@@ -20,6 +24,19 @@ if not torch.cuda.is_available():  # triton reads it when it is imported, as bit
 from checkpoints import random_weights, tiny_params, write_checkpoint
 
 from llama import LLaMA, Tokenizer, cli
+
+interpreter = sys.modules.get("triton.runtime.interpreter")
+if interpreter and hasattr(interpreter, "_patch_lang"):
+    # It replaces what is in triton.language for each call of a function within a kernel, which is
+    # half of its time. Once for each module is enough where nothing is compiled.
+    scopes, patch_lang = {}, interpreter._patch_lang
+
+    def patch_once(fn):
+        if fn.__module__ not in scopes:
+            scopes[fn.__module__] = patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch_once
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "llama" / "demo"
@@ -66,12 +83,13 @@ def make_folder(tmp_path):
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """run_command(command, *arguments, stdin=b"") -> exit status, stdout and stderr of a command in
-    this process: a function that `cli.run` is given, a script, or a module by its name."""
+    """run_command(command, *arguments, stdin=b"", errors="strict") -> exit status, stdout and
+    stderr of a command in this process: a function that `cli.run` is given, a script, or a module
+    by its name; `errors` is what the locale does with bytes that are no text."""
 
-    def call(command, *arguments, stdin=b""):
+    def call(command, *arguments, stdin=b"", errors="strict"):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8", errors))
         status = 0
         try:
             if isinstance(command, Path):

@@ -46,11 +46,8 @@ def test_matrices_come_in_blocks_of_so_many_values(
 ):
     """Of one row at least; each block into its rows."""
     folder, _, _ = make_folder(n_shards, outliers=(3,))
-    whole, fill, blocks = (
-        logits(folder, use_int8=use_int8),
-        checkpoint.fill_block,
-        defaultdict(list),
-    )
+    whole = logits(folder, use_int8=use_int8)
+    fill, blocks = checkpoint.fill_block, defaultdict(list)
 
     def watched(buffers, name, block, targets):
         blocks[name].append(len(targets[0]))

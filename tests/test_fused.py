@@ -15,10 +15,19 @@ from llama.model import KVCache
 from llama.settings import Settings
 
 fused = pytest.importorskip("llama.fused", reason="needs triton")
+few_rows = sys.modules["llama.kernels.few_rows"]
 prefill_attention = sys.modules["llama.kernels.prefill_attention"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter runs each program in Python; tensor cores want heads of 32.
 SMALL = {"dim": 64 if DEVICE == "cuda" else 32, "n_heads": 2, "multiple_of": 16}
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch):
+    """In the interpreter: fewer programs. `test_kernels` has those of a GPU."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(few_rows, "ROWS", 32)
+        monkeypatch.setattr(few_rows, "tile_of", lambda *_: (64, 1))
 
 
 def int8_model(params, weights) -> Transformer:
