@@ -148,7 +148,7 @@ def test_out_of_memory_names_the_flags_and_a_smaller_call_works(demo, monkeypatc
         return forward(*args)
 
     monkeypatch.setattr(demo.model, "forward", failing)
-    with pytest.raises(MemoryError, match="lower --max_batch_size or --max_gen_len"):
+    with pytest.raises(MemoryError, match="lower --max_batch_size, --max_gen_len or"):
         demo.generate(PROMPTS, 20)
     assert sys.exc_info()[0] is None and caches() == 0  # though a notebook keeps the error
     assert demo.generate(PROMPTS[:1], 8, seed=1) == expected
