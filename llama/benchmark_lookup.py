@@ -51,7 +51,7 @@ def lookup_figures(llm: LLaMA, batches: list[int]) -> Iterator[tuple[str, float,
 
 def told(llm: LLaMA, count: int, length: int) -> list[list[int]]:
     """Tales of the demo model, one after the other, as `count` lists of so many token ids."""
-    demo = LLaMA.build(device=llm.model.tok_embeddings.weight.device)
+    demo = LLaMA.build(device=llm.device)
     ids, seed = [], 0
     while len(ids) < count * length:
         for text in demo.generate(["Once upon a time"] * TALES, TALE, seed=seed):

@@ -22,6 +22,7 @@ from llama.buffers import PACK
 from llama.int8 import Int8Linear
 from llama.lookup import Watch, guess, rows_each
 from llama.model import KVCache, Span, Transformer
+from llama.sampling import log_probabilities
 
 ENGINES = ("triton", "bnb")
 
@@ -52,15 +53,12 @@ class TorchEngine:
         return self.model.output(features).float()
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Float32 logits (B, V) of what follows tokens (B,) at positions (B,). Those of a sequence,
-        side by side, are computed one after the other, to have the bits of as many steps."""
-        each = len(tokens) // self.cache.k.shape[1]  # 1 except in tests: see cost()
-        rows = zip(tokens.view(-1, each).T, positions.view(-1, each).T)
-        logits = [self.model(one[:, None], at, self.cache) for one, at in rows]
-        return torch.stack(logits, 1).flatten(0, 1)
+        """Float32 logits (B, V) of what follows tokens (B,) at positions (B,)."""
+        return self.model(tokens[:, None], positions, self.cache)
 
     def cost(self, each: int) -> float:
-        """Plain steps that a step with `each` rows a sequence takes: nothing is to be gained."""
+        """Plain steps that a step with `each` rows a sequence would take: nothing is to be gained,
+        so the decoder does not ask for one."""
         return each
 
 
@@ -263,8 +261,7 @@ class Decoder:
         self.newest.copy_(drawn)
         drawn = drawn.clamp(min=0)
         if self.logprobs is not None:
-            every = logits.log_softmax(-1).view(*rows.shape, -1)
-            self.logprobs.copy_(every.gather(2, drawn[..., None])[..., 0])
+            self.logprobs.copy_(log_probabilities(logits, drawn.flatten()).view(rows.shape))
         self.tokens.scatter_(1, places, drawn)
         self.lengths.copy_(torch.minimum(self.lengths + right + 1, self.last + 1))
         self.right.copy_(right)
@@ -279,7 +276,7 @@ class Decoder:
         self.newest[slots, 0] = drawn
         drawn = drawn.clamp(min=0)
         if self.logprobs is not None:
-            self.logprobs[slots, 0] = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+            self.logprobs[slots, 0] = log_probabilities(logits, drawn)
         self.tokens[slots, place] = drawn
         self.lengths[slots] = place + 1
         if self.watch:

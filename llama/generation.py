@@ -27,8 +27,8 @@ from llama.device import ONE_CORE, at_work, forgetting, pick_device, pick_engine
 from llama.model import Transformer
 from llama.params import model_folder, read_model
 from llama.request import Completion, Request, completions, pieces
-from llama.sampling import NOT_FINITE_LOGITS, next_token, uniform_numbers
-from llama.settings import Settings
+from llama.sampling import NOT_FINITE_LOGITS, log_probabilities, next_token, uniform_numbers
+from llama.settings import Settings, check_bool
 from llama.tokenizer import Tokenizer, encode_all
 
 SHARED = 32  # fewest tokens at the beginning of all prompts that get a prefill of their own
@@ -71,9 +71,8 @@ class LLaMA:
             engine: int8 on CUDA: triton (our kernels) or bnb (bitsandbytes, the reference)
             verify: compares the shards' md5 sums with checklist.chk first
         """
-        for name, value in (("use_int8", use_int8), ("verify", verify)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r:.60}, expected True or False")
+        check_bool("use_int8", use_int8)
+        check_bool("verify", verify)
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
         folder, target = model_folder(ckpt_dir), pick_device(device, use_int8)
@@ -322,8 +321,7 @@ class LLaMA:
             following = torch.tensor(ids[1:], device="cpu")
             for logits in self.logits(ids[:-1]):
                 tokens, following = following[: len(logits)], following[len(logits) :]
-                every = logits.log_softmax(-1)
-                scores[-1] += every.gather(-1, tokens.to(every.device)[:, None])[:, 0].tolist()
+                scores[-1] += log_probabilities(logits, tokens.to(logits.device)).tolist()
         return scores
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:

@@ -47,6 +47,11 @@ def next_token(
     return token.where(logits.isfinite().all(-1), NOT_FINITE)
 
 
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(n,), in nats, of tokens (n,) that follow logits (n, V)."""
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
 def uniform_numbers(seed: int, place: int, count: int) -> Tensor:
     """(count,) in [0, 1) for the prompt at this place of a list: seed and place alone decide."""
     generator = torch.Generator("cpu")

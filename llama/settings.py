@@ -13,6 +13,11 @@ def check(name: str, value, kind: type, low: float, high: float) -> int | float:
     return kind(value)
 
 
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.60}, expected True or False")
+
+
 def check_fields(of, **ranges: tuple[type, float, float]) -> None:
     """Checks fields of a frozen dataclass, and stores them as Python's own numbers. None passes
     where it is the default."""
@@ -52,8 +57,7 @@ class Settings:
             top_k=(int, 0, 2**31),
             min_p=(float, 0, 1),
         )
-        if not isinstance(self.lookup, bool):
-            raise ValueError(f"lookup is {self.lookup!r:.60}, expected True or False")
+        check_bool("lookup", self.lookup)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(

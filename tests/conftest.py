@@ -24,6 +24,7 @@ if not torch.cuda.is_available():  # triton reads it when it is imported, as bit
 from checkpoints import random_weights, tiny_params, write_checkpoint
 
 from llama import LLaMA, Tokenizer, cli
+from llama.decode import TorchEngine
 
 interpreter = sys.modules.get("triton.runtime.interpreter")
 if interpreter and hasattr(interpreter, "_patch_lang"):
@@ -79,6 +80,24 @@ def make_folder(tmp_path):
         return write_folder(tmp_path / name, params, n_shards, dtype=dtype, outliers=outliers)
 
     return make
+
+
+@pytest.fixture
+def plain_engine_verifies(monkeypatch):
+    """plain_engine_verifies(cost): its steps take several tokens of a sequence, too, one after the
+    other, so that they have the bits of as many steps, and are said to cost so much."""
+    plain = TorchEngine.step
+
+    def step(engine, tokens, positions):
+        each = len(tokens) // engine.cache.k.shape[1]
+        rows = zip(tokens.view(-1, each).T, positions.view(-1, each).T)
+        return torch.stack([plain(engine, *row) for row in rows], 1).flatten(0, 1)
+
+    def verifies(cost):
+        monkeypatch.setattr(TorchEngine, "step", step)
+        monkeypatch.setattr(TorchEngine, "cost", lambda *_: cost)
+
+    return verifies
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def taken(device: torch.device) -> tuple[int, int]:
 def grown(llm: LLaMA, results: dict[int, list], calls: int) -> tuple[int, int]:
     """Makes the calls, the results of those in results into it; bytes by which host and GPU memory
     grew after the warm-up."""
-    device = llm.model.tok_embeddings.weight.device
+    device = llm.device
     for number in range(calls):
         if number == int(WARM_UP * calls):
             before = taken(device)
@@ -117,7 +117,7 @@ def prompts(prompts: int = 10_000, ckpt_dir: str | None = None, device: str = "c
         some = [" ".join(chance.choices(WORDS, k=chance.randint(1, 12))) for _ in count]
         results = llm.generate(some, 12, stop=["the", "."], seed=number)
         assert len(results) == len(some) and all(map(str.startswith, results, some))
-        levels.append(taken(llm.model.tok_embeddings.weight.device))
+        levels.append(taken(llm.device))
     host, gpu = zip(*levels[int(WARM_UP * lists) :])
     print(
         f"{prompts} prompts: in the second half host memory rose by {max(host) - host[0]:,} bytes"

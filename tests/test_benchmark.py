@@ -104,13 +104,13 @@ def test_lists(run, monkeypatch, tmp_path):
         assert figures[f"int8: first token of {what}, ms"] > 0
 
 
-def test_lookup(run, monkeypatch):
+def test_lookup(run, monkeypatch, plain_engine_verifies):
     """Here the watch believes that steps which verify cost little."""
     small = {"INPUT": 60, "COPIED": 12, "OWN": 2, "PROSE": (20, 9), "TALES": 2, "TALE": 60}
     for name, value in (small | {"REPEATS": 1}).items():
         monkeypatch.setattr(benchmark_lookup, name, value)
     gained, spend = [], lookup.Watch.spend
-    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *_: 1.2)
+    plain_engine_verifies(cost=1.2)
     monkeypatch.setattr(lookup.Watch, "spend", lambda *of: gained.append(of[2]) or spend(*of))
     status, out, err = run("--size=7B", "--lookup", "--batches=1,2")
     assert status == 0

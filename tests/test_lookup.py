@@ -21,7 +21,7 @@ PROMPTS = [*TALES, *(f"{tale} away. The {tale.split()[-2]}" for tale in TALES)]
 
 
 @pytest.fixture
-def counts(monkeypatch):
+def counts(monkeypatch, plain_engine_verifies):
     """Steps verify wherever there are guesses; how many tokens each gave a slot comes here."""
     told, see = [], Decoder._see
 
@@ -30,7 +30,7 @@ def counts(monkeypatch):
         see(self, counts, *others)
 
     monkeypatch.setattr(lookup.Watch, "pays", lambda watch, left: any(watch.found))
-    monkeypatch.setattr(decode.TorchEngine, "cost", lambda *_: 1)
+    plain_engine_verifies(cost=1)
     monkeypatch.setattr(Decoder, "_see", seen)
     return told
 
