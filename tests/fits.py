@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from llama import LLaMA, memory, room
+from llama import LLaMA, Settings, memory, room
 from llama.room import GIB
 
 LENGTH = 2048
@@ -35,13 +35,10 @@ def main(size: str, folder: str, limit: float) -> None:
     print(f"load: {time.perf_counter() - started:.1f} s")
     weights = torch.cuda.memory_reserved()
 
-    prompt = "a" * LENGTH
-    while len(llm.tokenizer.encode(prompt, bos=True, eos=False)) > LENGTH - NEW_TOKENS:
-        prompt = prompt[:-1]
+    ids = [llm.tokenizer.bos_id] + [100] * (LENGTH - NEW_TOKENS - 1)
     started = time.perf_counter()
-    text = llm.generate([prompt], NEW_TOKENS, temperature=0)[0]
-    took = time.perf_counter() - started
-    print(f"generate: {len(text) - len(prompt)} characters in {took:.1f} s")
+    [result] = llm.complete([ids], Settings(NEW_TOKENS, temperature=0))
+    print(f"generate: {len(result.tokens)} tokens in {time.perf_counter() - started:.1f} s")
 
     need = room.need(llm.model, 1, LENGTH, torch.float16)
     print(f"limit for torch: {limit:.2f} GiB; CUDA itself took {context / GIB:.2f} at the start")

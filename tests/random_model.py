@@ -3,16 +3,18 @@
 Writes a folder in Meta's format, of a published size and with its number of shards, filled with
 random values: speed and memory do not depend on what the weights say. As in trained models, norm
 weights are below 1 but for a few features, whose activations pass 6.0. Its tokenizer has 32,000
-pieces, one a character, so what such a model prints is no language. One shard at a time is in
-memory (up to 17 GB).
+pieces, one a character, or Llama 3's number of ranks, so what such a model prints is no language.
+One shard at a time is in memory (up to 17 GB).
 
 With --int8 as third argument it writes what llama.quantize would, one layer in memory and the same
 random codes in all of them: 65B takes 66 GB, which fits in /dev/shm where 130 GB fit nowhere.
 """
 
 import io
+import itertools
 import json
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import torch
@@ -22,8 +24,9 @@ from sentencepiece import SentencePieceTrainer
 from llama.benchmark import NORM, OUTLIER, OUTLIERS
 from llama.memory import SIZES, VOCABULARY
 from llama.params import INT8_FORMAT
+from llama.tokenizer import SPECIAL_TOKENS
 
-SHARDS = {"7B": 1, "13B": 2, "30B": 4, "65B": 8}
+SHARDS = {"7B": 1, "8B": 1, "13B": 2, "30B": 4, "65B": 8}
 
 
 def write_tokenizer(path: Path) -> None:
@@ -42,6 +45,17 @@ def write_tokenizer(path: Path) -> None:
     path.write_bytes(model.getvalue())
 
 
+def write_ranks(path: Path, count: int) -> None:
+    """A Llama 3 tokenizer of the shortest byte strings."""
+    strings = (bytes(s) for n in (1, 2, 3) for s in itertools.product(range(256), repeat=n))
+    ranked = enumerate(itertools.islice(strings, count))
+    path.write_bytes(b"".join(b64encode(string) + b" %d\n" % rank for rank, string in ranked))
+
+
+def words(params: dict) -> int:
+    return params["vocab_size"] if params["vocab_size"] > 0 else VOCABULARY
+
+
 def main(size: str, folder: Path, int8: bool = False) -> None:
     params = {"multiple_of": 256, "norm_eps": 1e-6, "vocab_size": -1} | SIZES[size]
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +66,10 @@ def main(size: str, folder: Path, int8: bool = False) -> None:
     else:
         write_shards(params, SHARDS[size], folder)
     torch.serialization.set_crc32_options(True)
-    write_tokenizer(folder / "tokenizer.model")
+    if params["vocab_size"] > 0:
+        write_ranks(folder / "tokenizer.model", params["vocab_size"] - SPECIAL_TOKENS)
+    else:
+        write_tokenizer(folder / "tokenizer.model")
     (folder / "params.json").write_text(json.dumps(params))
 
 
@@ -60,7 +77,7 @@ def write_shards(params: dict, n_shards: int, folder: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for rank in range(n_shards):
         shard = {}
-        for name, shape in shapes(params, VOCABULARY).items():
+        for name, shape in shapes(params, words(params)).items():
             dim = JOINED_ON.get(name.split(".")[-2])
             if dim is None:
                 shard[name] = torch.full(shape, NORM, dtype=torch.float16)
@@ -87,7 +104,7 @@ def write_int8(params: dict, folder: Path) -> None:
         scales = torch.full(shape[:1], 127 / 73 / shape[1] ** 0.5)
         return {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0).byte()}
 
-    names = shapes(params, VOCABULARY)
+    names = shapes(params, words(params))
     layers = [f"layers.{i}." for i in range(params["n_layers"])]
     for i, start in enumerate(["tok", *layers, ("norm", "output")]):
         tensors = {}
