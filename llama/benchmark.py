@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from llama.benchmark_lookup import lookup_figures
+from llama.buffers import PACK_ALONE
 from llama.cli import run
 from llama.decode import Decoder, in_passes, make_engine
 from llama.generation import LLaMA
@@ -126,7 +127,7 @@ def prefill_seconds(llm: LLaMA, length: int) -> float:
     ids = torch.randint(3, llm.model.args.vocab_size, (length,)).tolist()
 
     def work() -> None:
-        for features in in_passes(engine, ids):
+        for features in in_passes(engine, ids, PACK_ALONE):
             last = features[-1:]
         engine.head(last)
 

@@ -18,7 +18,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from llama.buffers import PACK
+from llama.buffers import PACK, PACK_ALONE
 from llama.int8 import Int8Linear
 from llama.lookup import Watch, guess, rows_each
 from llama.model import KVCache, Span, Transformer
@@ -42,10 +42,11 @@ class TorchEngine:
         """What the head reads (T, D), of tokens (T,) that are the spans of several sequences, side
         by side. What comes before a span is in the cache; its own keys and values are added."""
         features = []
-        parts = tokens.split([count for *_, count in spans])
-        for part, (slot, start, count) in zip(parts, spans):
-            cache = self.cache.slot(slot, start + count)
-            features += self.model.features(part[None], start, cache)
+        for (slot, start, count), own in zip(spans, tokens.split([count for *_, count in spans])):
+            # Its bits depend on where a prompt is cut: at every PACK tokens, whatever its company.
+            for at, part in zip(range(start, start + count, PACK), own.split(PACK)):
+                cache = self.cache.slot(slot, at + len(part))
+                features += self.model.features(part[None], at, cache)
         return torch.cat(features)
 
     def head(self, features: Tensor) -> Tensor:
@@ -74,10 +75,10 @@ def make_engine(model: Transformer, name: str, slots: int, length: int, each: in
     return TorchEngine(model, cache)
 
 
-def in_passes(engine, ids: list[int]) -> Iterator[Tensor]:
-    """Prefills slot 0 with ids, PACK at a time; yields what the head reads of each pass."""
-    for start in range(0, len(ids), PACK):
-        part = torch.tensor(ids[start : start + PACK], device=engine.cache.k.device)
+def in_passes(engine, ids: list[int], most: int) -> Iterator[Tensor]:
+    """Prefills slot 0 with ids, `most` at a time; yields what the head reads of each pass."""
+    for start in range(0, len(ids), most):
+        part = torch.tensor(ids[start : start + most], device=engine.cache.k.device)
         yield engine.prefill(part, [(0, start, len(part))])
 
 
@@ -121,7 +122,9 @@ class Decoder:
         self.queue: dict[int, tuple[list[int], int, int]] = {}
         self.returned = False  # the newest tokens
         self.verified = False  # whether guesses were, in the step not yet returned
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a step, by whether it verifies
+        # Of a step, by whether it verifies; and the milliseconds that it took.
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.took: dict[bool, float] = {}
 
     def begin(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
         """Queues a sequence for a slot; the first `start` of its ids are in the slot's cache
@@ -145,7 +148,7 @@ class Decoder:
         sequence writes over what it begins with, so they are there for later ones in a slot too:
         pass start=len(ids) to begin(). To be called before the first sequence."""
         length = len(ids)
-        for _ in in_passes(self.engine, ids):
+        for _ in in_passes(self.engine, ids, PACK_ALONE):
             pass
         for cache in (self.engine.cache.k, self.engine.cache.v):
             cache[:, 1:, :length] = cache[:, :1, :length]
@@ -196,12 +199,12 @@ class Decoder:
         self.lengths[slots], self.last[slots] = start + 1, start
 
     def _prefill(self) -> None:
-        """One pass over the first of the queue. A prompt is cut at every PACK tokens of its own,
-        whatever its company, and draws its first token in the pass that ends it."""
-        spans, tokens = [], []
+        """One pass over the first of the queue: whole prompts, or a part of the first. A prompt
+        draws its first token in the pass that ends it."""
+        spans, tokens, most = [], [], PACK if any(self.left) else PACK_ALONE
         for slot, (ids, start, _) in self.queue.items():
-            part = ids[start : start + PACK]
-            if len(tokens) + len(part) > PACK:
+            part = ids[start : start + most]
+            if len(tokens) + len(part) > most:
                 break
             spans.append((slot, start, len(part)))
             tokens += part
@@ -234,7 +237,9 @@ class Decoder:
         forward = self._verify if self.verified else self._forward
         if self.engine.capturable:
             if self.verified not in self.graphs:
-                self.graphs[self.verified] = self._capture(forward)
+                self.graphs[self.verified], self.took[self.verified] = self._capture(forward)
+                if len(self.took) == 2:
+                    self.watch.cost = self.took[True] / self.took[False]
             self.graphs[self.verified].replay()
         else:
             forward()
@@ -304,9 +309,10 @@ class Decoder:
         if gained:
             self.watch.spend(verified, sum(gained) / len(gained))
 
-    def _capture(self, forward: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A step as a CUDA graph. It runs once to compile and warm up, and what it changed is put
-        back. Other threads may use the GPU meanwhile."""
+    def _capture(self, forward: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, float]:
+        """A step as a CUDA graph, and the milliseconds it takes where that decides what comes next.
+        It runs to compile and warm up, and what it changed is put back. Other threads may use the
+        GPU meanwhile."""
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
@@ -322,6 +328,15 @@ class Decoder:
             finally:  # after Ctrl-C, too: a stream left capturing would refuse all other work
                 if torch.cuda.is_current_stream_capturing():
                     graph.capture_end()
+        took = 0.0
+        if self.watch:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()  # the first time takes longer
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            took = begin.elapsed_time(end)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
-        return graph
+        return graph, took

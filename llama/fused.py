@@ -22,10 +22,11 @@ from llama.kernels.prefill_attention import attend, tiles_of
 from llama.kernels.rotary import places_of, rotate
 from llama.model import KVCache, RMSNorm, Span, Transformer
 
-# A step with several rows a sequence, in plain steps; each row adds COST_ROW. For 13B 8 rows took
-# 1.14 times as long as one (H100, 2026-11-27); guesses and draws add to that.
-COST = 1.2
-COST_ROW = 0.006
+# A step takes as long as reading the weights and, a row, 1 / ROWS of that: of 13B 4.1 ms for 1 row,
+# 4.8 for 8 and 7.2 for 32 (H200, 2026-11-27). Guesses and draws add to one with several rows a
+# sequence.
+ROWS = 40
+GUESSES = 1.05
 
 _first_tokens: WeakKeyDictionary[Transformer, Pair] = WeakKeyDictionary()
 
@@ -91,8 +92,9 @@ class FusedEngine:
         return logits
 
     def cost(self, each: int) -> float:
-        """Plain steps that a step with `each` rows a sequence takes."""
-        return COST + COST_ROW * each * self.cache.k.shape[1]
+        """Plain steps that a step with `each` rows a sequence takes, before it is measured."""
+        slots = self.cache.k.shape[1]
+        return GUESSES * (ROWS + each * slots) / (ROWS + slots)
 
 
 def first_token(model: Transformer) -> Pair:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llama import checkpoint, room
+from llama.buffers import PACK
 from llama.chat import conversation, stripped
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
 from llama.device import ONE_CORE, at_work, forgetting, pick_device, pick_engine
@@ -332,7 +333,7 @@ class LLaMA:
         try:
             with self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
-                passes = in_passes(engine, ids)
+                passes = in_passes(engine, ids, PACK)
             while True:
                 with self._turn():
                     if (features := next(passes, None)) is None:

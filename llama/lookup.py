@@ -34,6 +34,10 @@ def guess(tokens: Tensor, lengths: Tensor, count: int) -> Tensor:
     """Writes guesses of what follows sequences tokens[b, :lengths[b]] behind them, `count` of each;
     returns of which (B,) there are any. They are what follows the newest earlier place with the
     same last NGRAM tokens. Nothing waits for the host."""
+    if tokens.is_cuda:
+        from llama.kernels import lookup  # only here: importing triton takes a while
+
+        return lookup.guess(tokens, lengths, count, NGRAM)
     new = torch.arange(count, device=tokens.device)
     last = lengths[:, None] - NGRAM + torch.arange(NGRAM, device=tokens.device)
     same = (tokens.unfold(1, NGRAM, 1) == tokens.gather(1, last.clamp(min=0))[:, None]).all(-1)

@@ -13,7 +13,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama.kernels import attention, few_rows, llm_int8, prefill_attention, rotary, sampling
+from llama.kernels import (
+    attention,
+    few_rows,
+    llm_int8,
+    lookup,
+    prefill_attention,
+    rotary,
+    sampling,
+)
+from llama.lookup import NGRAM
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block: CUDA programming guide
 
@@ -36,6 +45,7 @@ PREFILL |= types("scale: fp32")
 QUANT = types("x: *fp16, weight: *fp16, eps: fp32, A: *fp16, CA: *i8, step: *fp32, unit: *fp32")
 QUANT |= types("flags: *i32, columns: *i32, counts: *i32, M: i32")
 PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
+GUESS = types("tokens: *i64, lengths: *i64, found: *i1, stride: i32, count: i32")
 SAMPLING = types("logits: *fp32, extremes: *fp32, uniform: *fp32, parent: *i64, total: *i64")
 SAMPLING |= types("level: *i64, gathered: *i64, tokens: *i64, stride: i32, V: i32, warmth: fp32")
 SAMPLING |= types("top_p: fp32, top_k: i32, last: i32")
@@ -83,8 +93,8 @@ def cases():
     sizes = {"D": 13824, "TILE": 2048, "TILES": 7, "BEFORE": "swiglu"}
     yield llm_int8.vectorwise_quant_kernel, QUANT, constants | sizes, {"num_warps": 16}
     constants |= {name: getattr(llm_int8, name) for name in ("BLOCK_K", "BLOCK_KEPT", "NEIGHBOURS")}
-    for M, then in ((1, "add"), (128, "store"), (1900, "add")):
-        block_m, block_n, stages = llm_int8.tile_of(M)
+    for M, N, then in ((1, 5120, "add"), (128, 27648, "store"), (1900, 5120, "add")):
+        block_m, block_n, stages = llm_int8.tile_of(M, N)
         sizes = {"D": 5120, "BLOCK_M": block_m, "BLOCK_N": block_n, "THEN": then}
         options = {"num_warps": llm_int8.WARPS, "num_stages": stages}
         given = PRODUCT | {"out": "*fp16" if then == "store" else "*fp32"}
@@ -98,6 +108,9 @@ def cases():
     yield sampling.gather_kernel, SAMPLING, constants, {"num_warps": 8}
     constants = constants | {"BLOCK": sampling.FOUND_BLOCK}
     yield sampling.find_kernel, SAMPLING, constants, {"num_warps": 16}
+
+    constants = {"NGRAM": NGRAM, "COUNT": 8, "BLOCK": lookup.BLOCK}
+    yield lookup.guess_kernel, GUESS, constants, {"num_warps": 4}
 
 
 def shared_memory(case: int, capability: int) -> tuple[str, float]:

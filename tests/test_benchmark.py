@@ -81,6 +81,7 @@ def test_lists(run, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "LISTED", 7)
     monkeypatch.setattr(benchmark, "SLOTS", 2)
     monkeypatch.setattr(decode, "PACK", 9)
+    monkeypatch.setattr(decode, "PACK_ALONE", 9)
     monkeypatch.setattr(benchmark, "RANGE", (2, 9))
     monkeypatch.setattr(benchmark, "SHARED", (40, 3))
     file = tmp_path / "figures.json"

@@ -119,12 +119,24 @@ LIST = [*PROMPTS, "A fox", "Once", "The old king and his daughter", "An apple"]
 
 
 @pytest.fixture
+def pack(monkeypatch):
+    """pack(n): from now on a pass of a prefill has at most n tokens, or `alone` if no row runs."""
+
+    def set_most(n, alone=None):
+        for module in (decode, generation):
+            monkeypatch.setattr(module, "PACK", n)
+        monkeypatch.setattr(decode, "PACK_ALONE", alone or n)
+
+    return set_most
+
+
+@pytest.fixture
 def passes(monkeypatch):
     """[(slot, start, tokens), ...] of each pass of a prefill, None for each step."""
     seen, prefill, step = [], decode.TorchEngine.prefill, decode.TorchEngine.step
 
     def prefilled(self, tokens, spans):
-        assert len(tokens) == sum(count for _, _, count in spans) <= decode.PACK
+        assert len(tokens) == sum(count for _, _, count in spans) <= decode.PACK_ALONE
         seen.append(spans)
         return prefill(self, tokens, spans)
 
@@ -221,31 +233,29 @@ def test_n_continuations_take_one_prefill(demo_float, passes):
 
 
 @pytest.mark.parametrize("beginning", ["", STORY], ids=["", "shared"])
-def test_prompts_are_packed_and_cut_without_a_change(
-    demo_float, passes, slots, monkeypatch, beginning
-):
+def test_prompts_are_packed_and_cut_without_a_change(demo_float, passes, slots, pack, beginning):
     """Each text is what it is where all prompts fit in a pass, and each token is computed once."""
     slots(demo_float, 3)
     prompts, settings = [beginning + prompt for prompt in (*LIST, STORY)], Settings(12, seed=4)
     expected = [result.text for result in demo_float.complete(prompts, settings)]
     tokens = sum(count for _, _, count in spans(passes))
-    for pack in (20, 8):
+    for most in (20, 8):
         passes.clear()
-        monkeypatch.setattr(decode, "PACK", pack)
+        pack(most)
         assert [result.text for result in demo_float.complete(prompts, settings)] == expected
         assert sum(count for _, _, count in spans(passes)) == tokens
-        assert (pack, 1) in {(count, len(each)) for each in passes if each for *_, count in each}
-        assert pack == 8 or max(len(each) for each in passes if each) > 1
+        assert (most, 1) in {(count, len(each)) for each in passes if each for *_, count in each}
+        assert most == 8 or max(len(each) for each in passes if each) > 1
 
 
 @torch.inference_mode()
-def test_running_rows_wait_for_one_pass_between_two_steps(demo_float, passes, monkeypatch):
+def test_running_rows_wait_for_one_pass_between_two_steps(demo_float, passes, pack):
     """Of a long prompt, which takes three, or of short ones; and the first row is not disturbed."""
     prompts = encoded(demo_float, "The king", PROMPTS[2], "A fox", "Once")
     assert [*map(len, prompts)] == [3, 21, 3, 2]
     decoder = decoder_of(demo_float, prompts, 12, [])
     expected = [*zip(*(newest(decoder) for _ in range(12)))]
-    monkeypatch.setattr(decode, "PACK", 8)
+    pack(8, alone=16)
     decoder, drawn = Decoder(demo_float.model, "triton", 4, 40, decoder.pick), [[], [], [], []]
     passes.clear()
     for slots in ([0], [1, 2, 3], *[[]] * 10):
@@ -258,6 +268,15 @@ def test_running_rows_wait_for_one_pass_between_two_steps(demo_float, passes, mo
     assert passes == [[(0, 0, 3)], None, *of_long, None, [(3, 0, 2)], *[None] * 7]
     assert [*map(len, drawn)] == [12, 9, 9, 8]
     assert all(ids == list(of[: len(ids)]) for ids, of in zip(drawn, expected))
+
+
+@torch.inference_mode()
+def test_where_none_runs_a_pass_is_longer(demo_float, passes, pack):
+    pack(8, alone=16)
+    decoder = decoder_of(demo_float, encoded(demo_float, PROMPTS[2], "A fox"), 3, [])
+    while decoder.queue:
+        decoder.step()
+    assert passes == [[(0, 0, 16)], [(0, 16, 5), (1, 0, 3)]]
 
 
 def tokens_of(decoder, slots):
@@ -289,9 +308,9 @@ def test_steps_of_others_leave_what_is_shared(demo_float):
     "layers, cached",
     [(2, [0, 0, 0]), (10, [2, 0, 0]), (27, [2, 8, 0]), (37, [2, 16, 0]), (44, [2, 16, 0])],
 )
-def test_after_ctrl_c_it_is_known_what_is_cached(demo_float, monkeypatch, layers, cached):
+def test_after_ctrl_c_it_is_known_what_is_cached(demo_float, monkeypatch, pack, layers, cached):
     """In a pass or a step, one of a long prompt, one of two; each slot goes on from it."""
-    monkeypatch.setattr(decode, "PACK", 8)
+    pack(8)
     prompts = encoded(demo_float, "The king", PROMPTS[2], "A fox")
     decoder = decoder_of(demo_float, prompts, 40, [])
     Layer, calls = type(demo_float.model.layers[0]), []
@@ -445,7 +464,7 @@ def test_max_seq_len_ends_a_row_while_its_neighbour_goes_on(make_folder):
     assert [row.finish_reason for row in rows] == ["length"] * 3
 
 
-def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatch):
+def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, pack):
     ids = [demo_float.tokenizer.encode(p, bos=True, eos=False) for p in PROMPTS]
     expected = []
     for row in ids:
@@ -453,8 +472,8 @@ def test_scores_are_log_probabilities_of_the_texts_tokens(demo_float, monkeypatc
             logits = demo_float.model.output(demo_float.model.features(torch.tensor([row])))[0]
         every = logits.double().log_softmax(-1)
         expected.append([every[i, token].item() for i, token in enumerate(row[1:])])
-    for pack in (512, 3):
-        monkeypatch.setattr(decode, "PACK", pack)
+    for most in (512, 3):
+        pack(most)
         scores = demo_float.score(PROMPTS)
         assert [len(s) for s in scores] == [len(row) - 1 for row in ids]
         for got, want in zip(scores, expected):

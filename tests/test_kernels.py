@@ -18,10 +18,12 @@ from llama.kernels import (
     attention,
     few_rows,
     llm_int8,
+    lookup,
     prefill_attention,
     rotary,
     sampling,
 )  # noqa: E402
+from llama.lookup import NGRAM, guess  # noqa: E402
 from llama.sampling import NOT_FINITE, draw, next_token  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -646,6 +648,19 @@ def test_draws_in_a_graph(cuts):
         graph.replay()
         sure += check_draws(drawn, logits, uniform, settings)
     assert sure >= 0.5 * 625 * B
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_guesses(count, monkeypatch):
+    monkeypatch.setattr(lookup, "BLOCK", 16)
+    tokens = torch.randint(3, (40, 50 + count), device=DEVICE)
+    tokens[20:] = torch.randint(40, (20, 50 + count), device=DEVICE)  # which seldom repeat
+    lengths = torch.randint(1, 51, (40,), device=DEVICE)
+    lengths[:4] = torch.arange(1, 5, device=DEVICE)
+    ours, theirs = tokens.clone(), tokens.cpu()
+    found = lookup.guess(ours, lengths, count, NGRAM)
+    assert torch.equal(found.cpu(), guess(theirs, lengths.cpu(), count))
+    assert torch.equal(ours.cpu(), theirs) and 5 < found.sum() < 35
 
 
 @pytest.mark.slow

@@ -19,14 +19,18 @@ from llama.int8 import OUTLIER_THRESHOLD
 from llama.kernels.few_rows import DIGITS, Norm, normalized
 from llama.kernels.launch import launch
 
-# A program computes BLOCK_M rows x BLOCK_N outputs, BLOCK_K inputs a step. The linears of 13B for
-# 512 and 1,900 rows take 13.5 and 49 ms (cuBLAS in fp16: 18.0 and 63); 8 warps: 16.8 and 50; 4
-# stages: 23 and 71; 64 x 128, 4 stages: 15.1 and 56; BLOCK_K 64: 17.9 and 59 (H200, 2026-11-23).
+# A program computes BLOCK_M rows x BLOCK_N outputs, BLOCK_K inputs a step. The linears of a layer
+# of 13B take 319 us for 512 rows and 983 for 1,900 (int8 peak: 164 and 609). TMA descriptors: 312
+# and 961. Queries, keys and values alone: 69 and 221; 128 x 256 tiles, 8 warps 83 and 271; BLOCK_K
+# 64 80 and 259 (H200, 2026-11-27).
 BLOCK_M = 128
 BLOCK_N = 128
 BLOCK_K = 128
 WARPS = 4
-FEW = 128  # rows up to which a program computes 64 outputs: else too few programs run at once
+# Rows up to which a program computes 64 of them, and programs below which it computes 64 outputs:
+# for 272 rows those linears take 245 us instead of 279, for 128 rows 138 instead of 154.
+FEW_ROWS = 320
+FEW_PROGRAMS = 132  # the SMs of an H200
 SHARED = 96 * 1024  # bytes for the stages of a program, so that two fit on an SM of 228 KiB
 # Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (same GPU).
 NEIGHBOURS = 16
@@ -257,9 +261,11 @@ def mixed_scaled_mm_kernel(
                 start += BLOCK_K
 
 
-def tile_of(M: int) -> tuple[int, int, int]:
-    """Rows and outputs of a program for M rows, and its stages. The bits don't depend on them."""
-    rows, outputs = 64 if M <= 64 else BLOCK_M, 64 if M <= FEW else BLOCK_N
+def tile_of(M: int, N: int) -> tuple[int, int, int]:
+    """Rows and outputs of a program of (M, N), and its stages. The bits don't depend on them."""
+    rows = 64 if M <= FEW_ROWS else BLOCK_M
+    programs = triton.cdiv(M, rows) * triton.cdiv(N, BLOCK_N)
+    outputs = 64 if programs < FEW_PROGRAMS else BLOCK_N
     return rows, outputs, SHARED // ((rows + outputs) * BLOCK_K)
 
 
@@ -269,7 +275,7 @@ def mixed_scaled_mm(
     """Rows as vectorwise_quant() returned them, once, times int8 weights CB (N, D) and scales SCB
     (N,): "store" puts the product (M, N) into out, "add" adds it to out."""
     (M, D), N = CA.shape, out.shape[1]
-    block_m, block_n, stages = tile_of(M)
+    block_m, block_n, stages = tile_of(M, N)
     launch(
         mixed_scaled_mm_kernel, (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),), CA, step,
         *kept, *weights, out, M, N, D, block_m, block_n, BLOCK_K, BLOCK_KEPT, NEIGHBOURS, then,
