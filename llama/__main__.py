@@ -167,13 +167,14 @@ def converse(talk: Chat, line: str) -> None:
             print(printable(piece), end="", flush=True)
     print()
     if talk.request.finish_reason == "length":
-        limit, of_model = talk.request.limit, talk.llm.model.args.max_seq_len
-        say(
-            f"The answer was cut at {limit} tokens: raise --max_gen_len."
-            if limit == talk.settings.max_gen_len
-            else f"The answer was cut, as the conversation has reached {of_model} tokens: raise "
-            "--max_seq_len, or begin a new one with /new."
-        )
+        if talk.request.limit == talk.settings.max_gen_len:
+            say(f"The answer was cut at {talk.request.limit} tokens: raise --max_gen_len.")
+        else:
+            say(
+                "The answer was cut, as the conversation has reached "
+                f"{talk.llm.model.args.max_seq_len} tokens: raise --max_seq_len, or begin a new "
+                "one with /new."
+            )
 
 
 def interact(respond: Callable[[str], None], json: bool) -> None:
