@@ -19,9 +19,11 @@ from llama.settings import Settings
 
 PROMPTS = 256
 SLOTS = 32
-FEWEST, MOST = 32, 512  # tokens of a prompt, and of its continuation
+FEWEST = 32  # tokens of a prompt, and of its continuation
+MOST = 512
 SHORT = 8  # tokens of short prompts
-SHARED, OWN = 1000, 16  # tokens that prompts begin with, and that each has of its own
+SHARED = 1000  # tokens that prompts begin with
+OWN = 16  # tokens that each of them then has of its own
 COPIES = 8
 REPEATS = 5
 

@@ -73,7 +73,7 @@ class Weight:
         return sum(part.nbytes for row in self.parts for part in row)
 
     def blocks(self, targets: list[Tensor]) -> list[tuple[Block, tuple[Tensor, ...]]]:
-        """Blocks, each with the same rows of the targets (of targets_in)."""
+        """Cuts it into blocks, each with the rows that it fills of the targets (see targets_in)."""
         values = VALUES_A_BLOCK if len(targets) == 2 else BYTES_A_BLOCK // self.dtype.itemsize
         most = max(1, values // sum(math.prod(part.shape[1:]) for part in self.parts[0]))
         blocks = [block for row in self.parts for block in zip(*(p.split(most) for p in row))]

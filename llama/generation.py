@@ -281,10 +281,9 @@ class LLaMA:
                         request = running[slot] = waiting.popleft()
                         request.begin()
                         uniform = uniform_numbers(seed, request.index, request.limit)
-                        start = len(shared)
-                        if chat_decoder:
-                            start = chat_decoder.cached(slot, request.prompt_ids)
-                        decoder.begin(slot, request.prompt_ids, uniform, start)
+                        ids = request.prompt_ids
+                        start = chat_decoder.cached(slot, ids) if chat_decoder else len(shared)
+                        decoder.begin(slot, ids, uniform, start)
                     drawn = decoder.step()
                 prefilled = [slot for slot in running if slot not in decoder.queue]
                 for slot in prefilled:
@@ -294,9 +293,7 @@ class LLaMA:
                         decoder.end(slot, len(request.prompt_ids) + len(request.ids))
                 if prefilled:
                     yield [running[slot] for slot in prefilled]
-                for slot in prefilled:
-                    if running[slot].finish_reason:
-                        del running[slot]
+                running = {slot: r for slot, r in running.items() if not r.finish_reason}
         except torch.OutOfMemoryError:
             raise room.too_big(self.model, slots, length) from None
         finally:
