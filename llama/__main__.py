@@ -28,7 +28,7 @@ from llama.params import LIMITS
 from llama.room import readable
 from llama.settings import Settings, check
 
-TALK = 4096  # tokens of a conversation, as many as Llama 2 was trained with
+CHAT_LENGTH = 4096  # tokens of a conversation, as many as Llama 2 was trained with
 BEGINNING = '{"index": '  # of each line of results
 
 
@@ -167,13 +167,14 @@ def converse(talk: Chat, line: str) -> None:
             print(printable(piece), end="", flush=True)
     print()
     if talk.request.finish_reason == "length":
-        limit, of_model = talk.request.limit, talk.llm.model.args.max_seq_len
-        say(
-            f"The answer was cut at {limit} tokens: raise --max_gen_len."
-            if limit == talk.settings.max_gen_len
-            else f"The answer was cut, as the conversation has reached {of_model} tokens: raise "
-            "--max_seq_len, or begin a new one with /new."
-        )
+        if talk.request.limit == talk.settings.max_gen_len:
+            say(f"The answer was cut at {talk.request.limit} tokens: raise --max_gen_len.")
+        else:
+            say(
+                "The answer was cut, as the conversation has reached "
+                f"{talk.llm.model.args.max_seq_len} tokens: raise --max_seq_len, or begin a new "
+                "one with /new."
+            )
 
 
 def interact(respond: Callable[[str], None], json: bool) -> None:
@@ -251,13 +252,12 @@ def main(
         print(f"llama-int8 {llama.__version__}")
         return
     if max_seq_len is None:
-        max_seq_len = TALK if chat else 512
+        max_seq_len = CHAT_LENGTH if chat else 512
     check("max_seq_len", max_seq_len, *LIMITS["max_seq_len"])
     if max_gen_len is None:
         max_gen_len = max_seq_len if chat else 256
     penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
-    cuts = top_k, min_p
-    settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
+    settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, top_k, min_p, lookup)
     others = {"prompt": prompt, "prompt_file": prompt_file, "interactive": interactive}
     others |= {"json": json, "resume": resume, "logprobs": logprobs}
     given = [name for name, value in others.items() if value not in (None, False)]

@@ -8,23 +8,21 @@ features, whose activations pass 6.0. Each figure is a line on stdout, the media
 only ratios within one run compare across machines.
 """
 
-import copy
 import gc
 import itertools
 import os
-import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from json import dump, dumps, loads
 
 import torch
 from torch import nn
 
+from llama.benchmark_lists import list_figures
 from llama.benchmark_lookup import lookup_figures
 from llama.buffers import PACK_ALONE
 from llama.cli import run
@@ -34,24 +32,25 @@ from llama.int8 import Int8Linear, allocate
 from llama.memory import args_of
 from llama.model import Transformer, rotation_table
 from llama.params import DEMO
-from llama.request import Request
 from llama.room import GIB, cache_bytes, check_cache, check_room, weight_bytes
-from llama.settings import Settings, check
+from llama.settings import check
 from llama.tokenizer import Tokenizer
 
 OUTLIERS = [7, 300, 1021, 1333, 2047]  # 1B has a width of 2,048
-OUTLIER, NORM = 8.0, 0.5  # norm weights of these features and of the others
+OUTLIER = 8.0  # norm weight of these features
+NORM = 0.5  # and of the others
 LENGTHS = (128, 512, 1900)
 BATCHES = (1, 8, 32)
 NEW_TOKENS = 32
 CONTEXT = 2048  # tokens, which LLaMA was trained with; more for longer prompts
 LONGEST = 131072  # tokens, as Llama 3.1's context
-DEVICE, REPEATS = torch.device("cuda"), 5
-# With --lists: prompts of a length in a range, which also has the number of new tokens of each
-LISTED, SLOTS, RANGE = 256, 32, (32, 512)
-SHORT, COPIES = 8, 8  # tokens of short prompts; copies of one
-SHARED = 1000, 16  # tokens that twice as many prompts as slots begin with, and of their own
-ENGINES = {"int8": (True, "triton"), "int8_bnb": (True, "bnb"), "fp16": (False, "triton")}
+DEVICE = torch.device("cuda")
+REPEATS = 5
+ENGINES = {  # use_int8 and engine of each
+    "int8": (True, "triton"),
+    "int8_bnb": (True, "bnb"),
+    "fp16": (False, "triton"),
+}
 
 # A process of its own, whose start and first token are timed.
 FIRST_TOKEN = """
@@ -74,8 +73,9 @@ def random_model(size: str, max_seq_len: int, use_int8: bool, engine: str) -> LL
     with torch.device("meta"):
         model = Transformer(args, Int8Linear if use_int8 else nn.Linear).eval()
     check_room(model, DEVICE, torch.float16)
-    for group in model.linears() if use_int8 else ():
-        allocate(group, DEVICE)
+    if use_int8:
+        for group in model.linears():
+            allocate(group, DEVICE)
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.state.CB.random_(-127, 128)
@@ -87,8 +87,8 @@ def random_model(size: str, max_seq_len: int, use_int8: bool, engine: str) -> LL
             if parameter.dim() == 1:
                 value[OUTLIERS] = OUTLIER
             else:
-                embedding = module is model.tok_embeddings
-                value.normal_(0, 1 if embedding else parameter.shape[1] ** -0.5)
+                is_embedding = module is model.tok_embeddings
+                value.normal_(0, 1 if is_embedding else parameter.shape[1] ** -0.5)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
     model.rotation = rotation_table(args, DEVICE)
     return LLaMA(model, Tokenizer(DEMO / "tokenizer.model"), engine)
@@ -97,10 +97,11 @@ def random_model(size: str, max_seq_len: int, use_int8: bool, engine: str) -> LL
 def read_bandwidth() -> float:
     """Bytes a second at which a plain reduction of torch reads 4 GiB."""
     x = torch.ones(GIB, device=DEVICE)
-    return x.nbytes / seconds(lambda: x.sum())
+    return x.nbytes / seconds(x.sum)
 
 
-def seconds(work) -> float:
+def seconds(work: Callable[[], object]) -> float:
+    """The median time of several calls, after one that compiles."""
     work()
     times = []
     for _ in range(REPEATS):
@@ -153,13 +154,14 @@ def running(llm: LLaMA, batch: int, context: int, new: int) -> Decoder:
 @torch.inference_mode()
 def step_seconds(llm: LLaMA, batch: int, context: int) -> float:
     """The median time of a decode step, in which the host reads the tokens."""
-    decoder, times = running(llm, batch, context, NEW_TOKENS), []
+    decoder = running(llm, batch, context, NEW_TOKENS)
     while decoder.queue:
         decoder.step()
+    times = []
     for _ in range(NEW_TOKENS):
         decoder.step()
         times.append(time.perf_counter())
-    return statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
+    return statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
 
 
 @torch.inference_mode()
@@ -175,8 +177,13 @@ def first_token_seconds(*model: str | int | None) -> dict[str, float]:
         command = [sys.executable, "-c", FIRST_TOKEN, dumps(model)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         begun, imported, built, ended = loads(done.stdout.splitlines()[-1])
-    took = {"in all": ended - started, "import torch": imported - begun, "model": built - imported}
-    return took | {"rest": took["in all"] - took["import torch"] - took["model"]}
+    in_all, importing, building = ended - started, imported - begun, built - imported
+    return {
+        "in all": in_all,
+        "import torch": importing,
+        "model": building,
+        "rest": in_all - importing - building,
+    }
 
 
 def main(
@@ -200,7 +207,7 @@ def main(
         lengths: tokens of prompts; the shortest and the longest are also contexts of decoding
         engines: some of int8,int8_bnb,fp16
         json: a file that the figures are written to as well
-        lists: times lists of prompts instead, in int8
+        lists: times lists of prompts instead, in int8 (see `benchmark_lists`)
         lookup: times prompt lookup instead, in int8 (see `benchmark_lookup`)
     """
     if not torch.cuda.is_available():
@@ -210,7 +217,8 @@ def main(
     if ckpt_dir is None:
         args_of(size)  # its error before anything long
     engines = engines.split(",")
-    batches, lengths = ([of] if isinstance(of, int | str) else of for of in (batches, lengths))
+    batches = [batches] if isinstance(batches, int | str) else batches
+    lengths = [lengths] if isinstance(lengths, int | str) else lengths
     if unknown := [name for name in engines if name not in ENGINES]:
         raise ValueError(f"engines has {unknown[0]!r}, expected some of {', '.join(ENGINES)}")
     for length in lengths:
@@ -236,7 +244,8 @@ def main(
                 for figure in lookup_figures(build(name, *model_of), batches):
                     report(figures, *figure)
             elif lists:
-                time_lists(build(name, *model_of), figures)
+                for figure in list_figures(build(name, *model_of)):
+                    report(figures, *figure)
             else:
                 time_engine(name, model_of, lengths, batches, bandwidth, figures)
         gc.collect()
@@ -292,75 +301,6 @@ def time_engine(
             figures[f"{name}: of the read bandwidth at batch {batch}, {context} tokens"] = rate
 
 
-def time_lists(llm: LLaMA, figures: dict) -> None:
-    """Random prompts: a list against groups that each wait for their longest continuation, short
-    ones, some that begin alike, and copies of one."""
-    llm.model.args = replace(llm.model.args, max_batch_size=SLOTS)
-    chance, (least, most) = random.Random(1), RANGE
-
-    def prompt(length: int) -> list[int]:
-        return chance.choices(range(3, llm.tokenizer.n_words), k=length)
-
-    prompts = [prompt(chance.randint(least, most)) for _ in range(LISTED)]
-    limits = [chance.randint(least, most) for _ in prompts]
-    groups = [slice(start, start + SLOTS) for start in range(0, LISTED, SLOTS)]
-    list_seconds(llm, prompts[:SLOTS], 3)  # compiles
-    took = sum(list_seconds(llm, prompts[group], limits[group]) for group in groups)
-    steps = [*steps_of(llm, prompts, limits)]
-    ratio = took / steps[-1][0]
-    what = f"int8: {LISTED} prompts of {least} to {most} tokens, {least} to {most} new ones"
-    report(figures, f"{what}, in groups of {SLOTS}", sum(limits) / took, "tokens/s")
-    rate = sum(limits) / steps[-1][0]
-    report(figures, f"{what}, {SLOTS} slots", rate, "tokens/s", f" ({ratio:.2f}x)")
-    # The last to get a slot is the last of a step's requests.
-    until = next(n for n, (_, requests) in enumerate(steps, 1) if requests[-1].index == LISTED - 1)
-    pairs = itertools.pairwise([(0, []), *steps[:until]])
-    busy = sum(now - before for (before, _), (now, requests) in pairs if len(requests) == SLOTS)
-    share = busy / steps[until - 1][0]
-    report(figures, "int8: until all have begun, each slot draws a token", share, "of the time")
-
-    def first_tokens(what: str, prompts: list[list[int]], against: float | None = None) -> float:
-        list_seconds(llm, prompts, 1)
-        took = statistics.median(list_seconds(llm, prompts, 1) for _ in range(REPEATS))
-        note = f" ({against / took:.2f}x)" if against else ""
-        report(figures, f"int8: first token of {what}", 1000 * took, "ms", note)
-        return took
-
-    first_tokens(f"{SLOTS} prompts of {SHORT} tokens", [prompt(SHORT) for _ in range(SLOTS)])
-    beginning, own = SHARED
-    several = [prompt(beginning + own) for _ in range(2 * SLOTS)]
-    what = f"{2 * SLOTS} prompts of {beginning + own} tokens"
-    apart = first_tokens(what, several)
-    alike = [several[0][:beginning] + ids[beginning:] for ids in several]
-    first_tokens(f"{what}, {beginning} of them shared", alike, apart)
-    one = prompt(most)
-    alone = first_tokens(f"a prompt of {most} tokens", [one])
-    first_tokens(f"{COPIES} copies of it", [one] * COPIES, alone)
-
-
-def list_seconds(llm: LLaMA, prompts: list[list[int]], limits: list[int] | int) -> float:
-    """Until the last token; limits may be one for all."""
-    limits = [limits] * len(prompts) if isinstance(limits, int) else limits
-    *_, (took, _) = steps_of(llm, prompts, limits)
-    return took
-
-
-def steps_of(
-    llm: LLaMA, prompts: list[list[int]], limits: list[int]
-) -> Iterator[tuple[float, list[Request]]]:
-    """Seconds since the start and the requests that got a token, after each step of a list; each
-    request ends at its own limit, never at a token."""
-    tokenizer = copy.copy(llm.tokenizer)
-    tokenizer.end_ids = ()
-    requests = [
-        Request(tokenizer, ids, limit, [], index=place)
-        for place, (ids, limit) in enumerate(zip(prompts, limits))
-    ]
-    started = time.perf_counter()
-    for drawn in llm._steps(requests, Settings(seed=1), False, None, ()):
-        yield time.perf_counter() - started, drawn
-
-
 @contextmanager
 def left_out(name: str) -> Iterator[None]:
     """Prints in one sentence what does not fit instead of raising an error."""
@@ -389,12 +329,14 @@ def used_bytes() -> int:
 
 def compare(figures: dict, ours: str, theirs: str) -> None:
     """Prints how many times as fast ours is in each figure that both have."""
-    for key in [key for key in figures if key.startswith(f"{ours}: ")]:
-        other, unit = key.replace(ours, theirs, 1), key.rpartition(", ")[2]
-        if other in figures and unit in ("tokens/s", "ms", "s"):
-            ratio = (figures[key] / figures[other]) ** (1 if unit == "tokens/s" else -1)
-            what = key.removeprefix(f"{ours}: ").rsplit(",", 1)[0]
-            print(f"{ours} against {theirs}: {what}: {ratio:.2f}x")
+    for key, our_figure in figures.items():
+        engine, _, measured = key.partition(": ")
+        what, _, unit = measured.rpartition(", ")
+        their_figure = figures.get(f"{theirs}: {measured}")
+        if engine != ours or their_figure is None or unit not in ("tokens/s", "ms", "s"):
+            continue
+        faster = our_figure / their_figure if unit == "tokens/s" else their_figure / our_figure
+        print(f"{ours} against {theirs}: {what}: {faster:.2f}x")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ from llama.lookup import rows_each
 from llama.sampling import next_token
 from llama.settings import Settings
 
-INPUT, COPIED, OWN = 1024, 32, 8  # tokens
+INPUT = 1024  # tokens
+COPIED = 32  # tokens
+OWN = 8  # tokens
 PROSE = 256, 512  # tokens of input and output
-TALES, TALE = 32, 480  # at once, tokens of each
+TALES = 32  # that the demo model tells at once
+TALE = 480  # tokens of each
 REPEATS = 3
 IDS = 2**17  # tokens of a vocabulary at most: an id divided by it is an exact float32 below 1
 Text = tuple[list[int], list[int]]  # ids of an input and of its output

@@ -36,7 +36,7 @@ class Chat:
         of the answer as came; neither if nothing did."""
         messages, said = [*self.messages, {"role": "user", "content": text}], ""
         ids = conversation(messages, self.llm)
-        steps = self.llm.steps([ids], self.settings, decoder=self.decoder)
+        steps = self.llm.steps([ids], self.settings, chat_decoder=self.decoder)
         try:
             for piece in stripped(self.request.read() for [self.request] in steps):
                 said += piece

@@ -73,7 +73,7 @@ class Weight:
         return sum(part.nbytes for row in self.parts for part in row)
 
     def blocks(self, targets: list[Tensor]) -> list[tuple[Block, tuple[Tensor, ...]]]:
-        """Blocks, each with the same rows of the targets (of targets_in)."""
+        """Cuts it into blocks, each with the rows that it fills of the targets (see targets_in)."""
         values = VALUES_A_BLOCK if len(targets) == 2 else BYTES_A_BLOCK // self.dtype.itemsize
         most = max(1, values // sum(math.prod(part.shape[1:]) for part in self.parts[0]))
         blocks = [block for row in self.parts for block in zip(*(p.split(most) for p in row))]
@@ -277,8 +277,8 @@ def plan(model: Transformer, shards: Shards) -> list[Weight]:
     return planned
 
 
-def check_part(name: str, part: StoredTensor, tensor: Tensor, dim: int | None, of: int) -> None:
-    """ValueError unless `of` parts like this one, joined on dim, make this tensor of the model."""
+def check_part(name: str, part: StoredTensor, tensor: Tensor, dim: int | None, parts: int) -> None:
+    """ValueError unless so many parts like this, joined on dim, make this tensor of the model."""
     file, shape = part.path.name, tuple(tensor.shape)
     of_int8_form = name.endswith(".SCB") or not tensor.is_floating_point()
     dtypes = (tensor.dtype,) if of_int8_form else FLOATS
@@ -287,16 +287,17 @@ def check_part(name: str, part: StoredTensor, tensor: Tensor, dim: int | None, o
             f"{name} in {file} is {part.dtype}, expected {' or '.join(map(str, dtypes))}: pass "
             "Meta's original checkpoint, or what llama.quantize made of it"
         )
-    together = tuple(n * of if i == dim else n for i, n in enumerate(part.shape))
+    together = tuple(n * parts if i == dim else n for i, n in enumerate(part.shape))
     if name == "tok_embeddings.weight" and len(together) == 2 and shape[0] % (part.shape[0] or 1):
         raise ValueError(
             f"the weights have {together[0]!s:.60} tokens, the tokenizer {shape[0]}: "
             "pass the tokenizer.model that came with these weights"
         )
     if together != shape:
-        count = math.prod(shape) / max(math.prod(part.shape), 1)
-        hint = f" (it is one of {count:.0f} shards)" if count in {*range(1, 65)} - {of} else ""
-        joined = f" from {of} shards together" if of > 1 else ""
+        fitting = math.prod(shape) / max(math.prod(part.shape), 1)
+        is_hint = fitting in {*range(1, 65)} - {parts}
+        hint = f" (it is one of {fitting:.0f} shards)" if is_hint else ""
+        joined = f" from {parts} shards together" if parts > 1 else ""
         raise ValueError(
             f"{name} in {file} is {part.shape!s:.60}{hint}, but params.json asks for {shape}"
             f"{joined}: take all files from one model"

@@ -125,7 +125,7 @@ class LLaMA:
 
         Args:
             prompts: a list of any length, of texts or of lists of token ids
-            max_gen_len: longest continuation, in tokens (256; --chat: as long as fits)
+            max_gen_len: longest continuation, in tokens (256; --chat and messages: as long as fits)
             temperature: 0 takes the most likely token, 1 samples from the model's distribution
             top_p: samples from the fewest most likely tokens whose probabilities reach this sum
             repetition_penalty: above 1 makes tokens that are already in the text less likely
@@ -164,7 +164,7 @@ class LLaMA:
     def chat(
         self,
         messages: list[dict[str, str]],
-        max_gen_len: int = 256,
+        max_gen_len: int | None = None,
         temperature: float = 0.8,
         top_p: float = 0.95,
         repetition_penalty: float = 1.0,
@@ -178,7 +178,10 @@ class LLaMA:
     ) -> str:
         """The answer of a Llama 2 Chat or Llama 3 Instruct model to messages, dicts of role and
         content: one by the system may come first, then user and assistant take turns, and the last
-        is by the user. Settings and errors are those of `generate`; ValueError for other models."""
+        is by the user. max_gen_len, if not given, is as long as fits in max_seq_len. Settings and
+        errors are those of `generate`; ValueError for other models."""
+        if max_gen_len is None:
+            max_gen_len = self.model.args.max_seq_len
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         cuts = top_k, min_p
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
@@ -188,7 +191,7 @@ class LLaMA:
     def stream(
         self,
         prompt: str | list[int] | list[dict[str, str]],
-        max_gen_len: int = 256,
+        max_gen_len: int | None = None,
         temperature: float = 0.8,
         top_p: float = 0.95,
         repetition_penalty: float = 1.0,
@@ -201,13 +204,17 @@ class LLaMA:
         lookup: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of a prompt in pieces, as they come; joined they are what
-        `generate` adds to it. No piece is part of a character or taken back. For messages, as for
-        `chat`, it yields the answer. Settings and errors are those of `generate`; a wrong setting
+        `generate` adds to it, or, for messages, the answer that `chat` returns. No piece is part of
+        a character or taken back. max_gen_len, if not given, is 256 for a prompt and for messages
+        as long as fits in max_seq_len. Settings and errors are those of `generate`; a wrong setting
         or prompt raises at once."""
+        is_chat = isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt)
+        if max_gen_len is None:
+            max_gen_len = self.model.args.max_seq_len if is_chat else Settings.max_gen_len
         penalty = repetition_penalty, repetition_penalty_range, repetition_penalty_slope
         cuts = top_k, min_p
         settings = Settings(max_gen_len, temperature, top_p, *penalty, seed, stop, *cuts, lookup)
-        if isinstance(prompt, list) and any(isinstance(item, dict) for item in prompt):
+        if is_chat:
             return stripped(pieces(self.steps([conversation(prompt, self)], settings)))
         return pieces(self.steps([prompt], settings))
 
@@ -216,36 +223,34 @@ class LLaMA:
         prompts: list[str | list[int]],
         settings: Settings,
         logprobs: bool = False,
-        decoder: Decoder | None = None,
+        chat_decoder: Decoder | None = None,
         skip: Container[int] = (),
     ) -> Iterator[list[Request]]:
         """Yields after every step the requests that it gave tokens, in the order of their
         prompts; each comes for the last time when it has ended. Prompts at places of the list that
-        are in `skip` are not continued, which changes nothing for the others. A decoder that is
-        passed goes on from what its cache holds of the one prompt, and stays open. Errors of
-        settings and prompts come at once."""
-        limit, of_model = settings.max_gen_len, self.model.args.max_seq_len
-        all_ids = encode_all(prompts, self.tokenizer, of_model)
-        if limit > of_model:
+        are in `skip` are not continued, which changes nothing for the others. The decoder of a chat
+        goes on from what its cache holds of the one prompt, and stays open. Errors of settings and
+        prompts come at once."""
+        max_gen_len, max_seq_len = settings.max_gen_len, self.model.args.max_seq_len
+        all_ids = encode_all(prompts, self.tokenizer, max_seq_len)
+        if max_gen_len > max_seq_len:
             warnings.warn(
-                f"max_gen_len is {limit}, but prompt and continuation end at max_seq_len, "
-                f"{of_model} tokens: raise max_seq_len for longer ones",
+                f"max_gen_len is {max_gen_len}, but prompt and continuation end at max_seq_len, "
+                f"{max_seq_len} tokens: raise max_seq_len for longer ones",
                 stacklevel=3,
             )
-        requests = [
-            Request(
-                self.tokenizer, ids, min(limit, of_model - len(ids)), settings.stop, prompt, index
-            )
-            for index, (prompt, ids) in enumerate(zip(prompts, all_ids))
-        ]
-        return self._steps(requests, settings, logprobs, decoder, skip)
+        requests = []
+        for index, (prompt, ids) in enumerate(zip(prompts, all_ids)):
+            limit = min(max_gen_len, max_seq_len - len(ids))
+            requests.append(Request(self.tokenizer, ids, limit, settings.stop, prompt, index))
+        return self._steps(requests, settings, logprobs, chat_decoder, skip)
 
     def _steps(
         self,
         requests: list[Request],
         settings: Settings,
         logprobs: bool,
-        kept: Decoder | None,
+        chat_decoder: Decoder | None,
         skip: Container[int],
     ) -> Iterator[list[Request]]:
         seed = torch.Generator().seed() if settings.seed is None else settings.seed
@@ -259,13 +264,14 @@ class LLaMA:
         requests = [request for request in requests if request.limit]
         length = max(len(request.prompt_ids) + request.limit for request in requests)
         with self._turn():
-            of = self.model, len(requests), length, settings.lookup
-            slots = 1 if kept else room.slots_that_fit(*of)
+            slots = 1
+            if chat_decoder is None:
+                slots = room.slots_that_fit(self.model, len(requests), length, settings.lookup)
         shared = common_beginning([request.prompt_ids for request in requests])
         running: dict[int, Request] = {}  # by slot
-        decoder = kept
+        decoder = chat_decoder
         try:
-            decoder = kept or self.decoder(slots, length, settings, logprobs)
+            decoder = chat_decoder or self.decoder(slots, length, settings, logprobs)
             if shared:
                 with self._turn():
                     decoder.share(shared)
@@ -276,8 +282,9 @@ class LLaMA:
                         request = running[slot] = waiting.popleft()
                         request.begin()
                         uniform = uniform_numbers(seed, request.index, request.limit)
-                        start = kept.cached(slot, request.prompt_ids) if kept else len(shared)
-                        decoder.begin(slot, request.prompt_ids, uniform, start)
+                        ids = request.prompt_ids
+                        start = chat_decoder.cached(slot, ids) if chat_decoder else len(shared)
+                        decoder.begin(slot, ids, uniform, start)
                     drawn = decoder.step()
                 prefilled = [slot for slot in running if slot not in decoder.queue]
                 for slot in prefilled:
@@ -287,13 +294,11 @@ class LLaMA:
                         decoder.end(slot, len(request.prompt_ids) + len(request.ids))
                 if prefilled:
                     yield [running[slot] for slot in prefilled]
-                for slot in prefilled:
-                    if running[slot].finish_reason:
-                        del running[slot]
+                running = {slot: r for slot, r in running.items() if not r.finish_reason}
         except torch.OutOfMemoryError:
             raise room.too_big(self.model, slots, length) from None
         finally:
-            if decoder is not kept:
+            if decoder is not chat_decoder:
                 decoder.close()
 
     def decoder(
@@ -304,8 +309,9 @@ class LLaMA:
         try:
             with self._turn():
                 room.check_cache(self.model, slots, length)
-                of = self.model, self.engine, slots, length, pick, logprobs
-                return Decoder(*of, settings.lookup)
+                return Decoder(
+                    self.model, self.engine, slots, length, pick, logprobs, settings.lookup
+                )
         except torch.OutOfMemoryError:
             raise room.too_big(self.model, slots, length) from None
 

@@ -109,6 +109,6 @@ def check_saved(values: Tensor) -> None:
 
 
 def check_finite(*values: Tensor) -> None:
-    """ValueError unless each value, a tensor of one, is a number."""
+    """ValueError unless each value, a tensor of one element, is finite."""
     if not all(math.isfinite(value.item()) for value in values):
         raise ValueError("holds values that are not finite in fp16 (NaN, or beyond 65,504)")

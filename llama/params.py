@@ -14,7 +14,7 @@ DEMO = Path(__file__).parent / "demo"
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json
 LARGEST_PARAMS = 2**20  # bytes; Meta's files have about 100
 OTHER_FORMATS = {".safetensors": "safetensors, as Hugging Face has them", ".gguf": "a GGUF file"}
-# Keys of params.json that tell models which this program does not run.
+# Parts of keys of params.json that models have which this program does not run.
 OTHER_MODELS = {
     "vision_": "a model that sees images",
     "quantization_args": "a model that Meta quantized",
@@ -82,7 +82,7 @@ def read_params(ckpt_dir: Path) -> dict:
 
 
 def what_it_is(path: Path) -> str:
-    """Says what a path is that is no folder of shards, and what to pass instead."""
+    """Describes a path that is no folder of shards, and says what to pass instead."""
     models = sorted(shard.parent for shard in path.glob("*/consolidated.*.pth"))
     example = one_line(str(models[0]), 160) if models else "/w/13B"
     instead = f"pass the model folder, e.g. --ckpt_dir {example}"

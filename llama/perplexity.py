@@ -108,8 +108,8 @@ def main(
 
     options = {"max_seq_len": window, "max_batch_size": 1, "device": device}
     llm = LLaMA.build(ckpt_dir, tokenizer_path, **options, use_int8=False)
-    on = llm.device
-    base = "fp16" if on.type == "cuda" else "float32"
+    target = llm.device
+    base = "fp16" if target.type == "cuda" else "float32"
     ids = llm.tokenizer.encode(content, bos=False, eos=False)
     if not ids:
         raise ValueError(f"{text} holds no text: pass another file")
@@ -119,14 +119,14 @@ def main(
     del llm  # one model at a time is on the device
     gc.collect()
     torch.cuda.empty_cache()
-    print(f"{len(cuts)} windows of {len(cuts[0])} tokens from {text}, on {on}\n")
+    print(f"{len(cuts)} windows of {len(cuts[0])} tokens from {text}, on {target}\n")
     print(f"| weights | {' | '.join(COLUMNS)} |\n|---|---|---|---|---|")
     print(f"| {base} | {with_interval(loss, COLUMNS['perplexity'])} | | | |", flush=True)
 
     llm, found = LLaMA.build(ckpt_dir, tokenizer_path, **options), {}
-    for engine in dict.fromkeys([llm.engine, "bnb"]) if on.type == "cuda" else [llm.engine]:
+    for engine in dict.fromkeys([llm.engine, "bnb"]) if target.type == "cuda" else [llm.engine]:
         llm.engine = engine
-        name = f"int8, {engine}" if on.type == "cuda" else "int8"
+        name = f"int8, {engine}" if target.type == "cuda" else "int8"
         scored = zip(tqdm(cuts, desc=name), expected)
         values = [compare(p, distributions(llm, ids), ids) for ids, p in scored]
         found[name] = torch.stack(values, 1)  # (4, W, T - 1)

@@ -90,29 +90,26 @@ class Request:
         self._began = time.perf_counter()
 
     def extend(self, ids: list[int], logprobs: Iterable[float | None] = repeat(None)) -> None:
-        """Takes the next tokens, up to the last. FloatingPointError if one is NOT_FINITE."""
+        """Takes the next tokens, up to the last: the end of the text, the end of a stop string, or
+        the token that reaches the limit; it sets finish_reason. FloatingPointError if one is
+        NOT_FINITE."""
         for id, logprob in zip(ids, logprobs):
             if id == NOT_FINITE:
                 raise FloatingPointError(NOT_FINITE_LOGITS)
-            self.add(id, logprob)
+            self.seconds = time.perf_counter() - self._began
+            self.seconds_to_first_token = self.seconds_to_first_token or self.seconds
+            if id in self.tokenizer.end_ids:
+                self.finish_reason = "eos"
+            else:
+                self.ids.append(id)
+                if logprob is not None:
+                    self.logprobs.append(logprob)
+                if len(self.ids) == self.limit:
+                    self.finish_reason = "length"
+            if self.stop:
+                self._decode()
             if self.finish_reason:
                 return
-
-    def add(self, id: int, logprob: float | None = None) -> None:
-        """Takes the next token. Sets finish_reason if it is the last: the end of the text, the end
-        of a stop string, or the token that reaches the limit."""
-        self.seconds = time.perf_counter() - self._began
-        self.seconds_to_first_token = self.seconds_to_first_token or self.seconds
-        if id in self.tokenizer.end_ids:
-            self.finish_reason = "eos"
-        else:
-            self.ids.append(id)
-            if logprob is not None:
-                self.logprobs.append(logprob)
-            if len(self.ids) == self.limit:
-                self.finish_reason = "length"
-        if self.stop:
-            self._decode()
 
     def _decode(self) -> None:
         """Decodes the new ids; sets finish_reason if a stop string is in their text."""

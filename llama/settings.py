@@ -18,13 +18,13 @@ def check_bool(name: str, value: bool) -> None:
         raise ValueError(f"{name} is {value!r:.60}, expected True or False")
 
 
-def check_fields(of, **ranges: tuple[type, float, float]) -> None:
+def check_fields(record, **ranges: tuple[type, float, float]) -> None:
     """Checks fields of a frozen dataclass, and stores them as Python's own numbers. None passes
     where it is the default."""
-    for field in fields(of):
-        value = getattr(of, field.name)
+    for field in fields(record):
+        value = getattr(record, field.name)
         if field.name in ranges and not (value is None and field.default is None):
-            object.__setattr__(of, field.name, check(field.name, value, *ranges[field.name]))
+            object.__setattr__(record, field.name, check(field.name, value, *ranges[field.name]))
 
 
 @dataclass(frozen=True)

@@ -309,5 +309,5 @@ def some_of(names: list[str]) -> str:
 
 
 def one_line(text: str, most: int = 80) -> str:
-    """So much of a text that a file gives, as a part of one line."""
+    """The beginning of a text that a file gives, escaped so that it stays on one line."""
     return repr(text[:most])[1:-1]

@@ -21,9 +21,9 @@ PATTERN = (  # what Llama 3 takes for a word
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Characters that tiktoken gets at once, and in a run with or without white space: it panics on
-# more. A cut changes the ids, so these are Meta's numbers.
-MOST_AT_ONCE, LONGEST_RUN = 400_000, 25_000
+# tiktoken panics on long texts. A cut changes the ids, so these are Meta's numbers.
+MOST_AT_ONCE = 400_000  # characters that it gets at once
+LONGEST_RUN = 25_000  # characters of these in a row that all are white space, or that none is
 
 
 class Tokenizer:

@@ -231,13 +231,11 @@ class ShardWriter(Writer):
         return self.zipped([(f"{'y' if self.strange() else 'x'}/{n}", c) for n, c in records])
 
 
-CALLS = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2")
-CALLS += ("torch._utils _rebuild_parameter",)
-
-
-@st.composite
-def shards(draw):
-    return ShardWriter(draw).shard()
+CALLS = (
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+)
 
 
 class FolderWriter(Writer):
@@ -429,20 +427,6 @@ WORDS = 512  # of the tokenizer beside such a folder
 
 
 @st.composite
-def params(draw):
-    return FolderWriter(draw).params()
-
-
-@st.composite
-def ranks(draw):
-    return FolderWriter(draw).ranks()
-
-
-@st.composite
-def sentencepieces(draw):
-    return FolderWriter(draw).sentencepiece()
-
-
-@st.composite
-def int8_folders(draw):
-    return FolderWriter(draw).int8()
+def written(draw, writer, part):
+    """What the method of a writer that has the name `part` writes."""
+    return getattr(writer(draw), part)()

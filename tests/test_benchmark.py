@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from llama import benchmark, benchmark_lookup, decode, lookup, memory, room
+from llama import benchmark, benchmark_lists, benchmark_lookup, decode, lookup, memory, room
 
 
 @pytest.fixture
@@ -78,12 +78,11 @@ def test_running_out_of_memory_is_one_sentence(run, monkeypatch):
 
 
 def test_lists(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "LISTED", 7)
-    monkeypatch.setattr(benchmark, "SLOTS", 2)
+    small = {"PROMPTS": 7, "SLOTS": 2, "FEWEST": 2, "MOST": 9, "SHARED": 40, "OWN": 3}
+    for name, value in (small | {"REPEATS": 1}).items():
+        monkeypatch.setattr(benchmark_lists, name, value)
     monkeypatch.setattr(decode, "PACK", 9)
     monkeypatch.setattr(decode, "PACK_ALONE", 9)
-    monkeypatch.setattr(benchmark, "RANGE", (2, 9))
-    monkeypatch.setattr(benchmark, "SHARED", (40, 3))
     file = tmp_path / "figures.json"
     status, out, err = run("--size=7B", "--lists", f"--json={file}")
     assert (status, err) == (0, "")

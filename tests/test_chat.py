@@ -148,6 +148,18 @@ def test_settings_of_chat_are_those_of_generate(llm):
         assert llm.chat(MESSAGES, 20, **settings) == answer.text.strip()
 
 
+def test_an_answer_is_as_long_as_fits_and_a_text_256_tokens(llm):
+    ids, settings = conversation(MESSAGES, llm), {"temperature": 0}
+    limit = llm.model.args.max_seq_len - len(ids)
+    [answer] = llm.complete([ids], Settings(limit, **settings))
+    assert len(answer.tokens) == limit > 256
+    assert llm.chat(MESSAGES, **settings) == answer.text.strip()
+    assert "".join(llm.stream(MESSAGES, **settings)) == answer.text.strip()
+    [text] = llm.complete([ids], Settings(**settings))
+    assert len(text.tokens) == 256
+    assert "".join(llm.stream(ids, **settings)) == text.text
+
+
 def test_white_space_around_an_answer_is_left_out():
     for pieces in (
         [" ", "\n a", " ", "b", " \n", "c\n", " "],

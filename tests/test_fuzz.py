@@ -17,10 +17,10 @@ from pathlib import Path
 import byte_pairs
 import faults
 import fire
-import grammars
 import pytest
 import second_reader
 import torch
+from grammars import WORDS, FolderWriter, ShardWriter, written
 from hypothesis import HealthCheck, given, seed, settings
 
 from llama import LLaMA, Tokenizer
@@ -51,11 +51,11 @@ def shard(folder):
 
 def params(folder):
     (folder / "consolidated.00.pth").touch()
-    found = model_args(read_params(folder), grammars.WORDS)
+    found = model_args(read_params(folder), WORDS)
 
     def compare():
         content = (folder / "params.json").read_bytes()
-        expected = second_reader.params(content, grammars.WORDS)
+        expected = second_reader.params(content, WORDS)
         assert {name: getattr(found, name) for name in expected} == expected
 
     return compare
@@ -104,7 +104,7 @@ def int8_folder(folder):
         found = faults.held(LLaMA.build(folder, device="cpu").model)
 
     def compare():
-        expected = second_reader.int8_folder(folder, grammars.WORDS)
+        expected = second_reader.int8_folder(folder, WORDS)
         assert found.keys() == expected.keys()
         for name, x in expected.items():
             assert torch.equal(found[name], x if x.dtype == torch.int8 else x.float()), name
@@ -117,11 +117,11 @@ def file(name, strategy):
 
 
 KINDS = {  # what is drawn: the contents of files by name
-    shard: file("consolidated.00.pth", grammars.shards()),
-    params: file("params.json", grammars.params()),
-    ranks: file("tokenizer.model", grammars.ranks()),
-    sentencepiece: file("tokenizer.model", grammars.sentencepieces()),
-    int8_folder: grammars.int8_folders(),
+    shard: file("consolidated.00.pth", written(ShardWriter, "shard")),
+    params: file("params.json", written(FolderWriter, "params")),
+    ranks: file("tokenizer.model", written(FolderWriter, "ranks")),
+    sentencepiece: file("tokenizer.model", written(FolderWriter, "sentencepiece")),
+    int8_folder: written(FolderWriter, "int8"),
 }
 
 

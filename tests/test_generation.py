@@ -416,11 +416,16 @@ def test_a_stream_that_is_left_leaves_the_model_as_it_was(demo):
 
 def test_signatures_show_each_setting():
     """What a notebook shows, in the order and with the defaults that callers rely on."""
-    settings = inspect.signature(Settings).parameters.values()
-    for method, what in ((LLaMA.generate, "prompts"), (LLaMA.stream, "prompt")):
+    limit, *others = inspect.signature(Settings).parameters.values()
+    optional = limit.replace(default=None, annotation=int | None)  # 256, or as long as fits
+    for method, what, first in (
+        (LLaMA.generate, "prompts", limit),
+        (LLaMA.chat, "messages", optional),
+        (LLaMA.stream, "prompt", optional),
+    ):
         parameters = dict(inspect.signature(method).parameters)
         assert list(parameters)[:2] == ["self", what]
-        assert list(parameters.values())[2:] == list(settings)
+        assert list(parameters.values())[2:] == [first, *others]
     for name in inspect.signature(Settings).parameters:
         assert f"    {name}: " in LLaMA.generate.__doc__
     with pytest.raises(TypeError, match=r"LLaMA.generate\(\) got .* argument 'max_new_tokens'"):
@@ -428,7 +433,7 @@ def test_signatures_show_each_setting():
 
 
 def test_settings_arrive_where_they_belong(demo, monkeypatch):
-    """Each by its place: no two change places between generate, stream and Settings."""
+    """Each by its place: no two change places between generate, chat, stream and Settings."""
     values = 7, 0.5, 0.25, 1.5, 9, 0.75, 11, ("x",), 13, 0.125
     seen, nothing = [], (_ for _ in ())
     monkeypatch.setattr(demo, "steps", lambda _, settings: seen.append(settings) or nothing)

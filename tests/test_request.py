@@ -19,7 +19,7 @@ def pieces(prompt, ids, stop=(), limit=10**6, every=1):
     for n, id in enumerate([*ids, TOKENIZER.eos_id], 1):
         if row.finish_reason:
             break
-        row.add(id)
+        row.extend([id])
         if n % every == 0:
             read.append(row.read())
     read.append(row.read())
@@ -63,7 +63,7 @@ def test_what_came_of_a_prompt(monkeypatch):
     row.begin()
     ids = [3 + ord("A"), 3 + ord("B")]
     for id in ids:
-        row.add(id, -0.5)
+        row.extend([id], [-0.5])
     completion = row.completion()
     assert completion == Completion(0, "", "AB", ids, "length", 6.1235, 2.5123, [-0.5, -0.5])
     with pytest.raises(AttributeError):

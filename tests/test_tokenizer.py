@@ -174,7 +174,7 @@ def streamed(tokenizer, ids, prompt_ids=(), every=1, stop=()):
     pieces = []
     for n, id in enumerate([*ids, tokenizer.eos_id]):
         if request.finish_reason is None:
-            request.add(id)
+            request.extend([id])
             pieces.append(request.read() if n % every == 0 else "")
     return [*pieces[:-1], pieces[-1] + request.read()]
 
@@ -253,9 +253,9 @@ def test_special_tokens_are_no_text(llama3):
 @pytest.mark.parametrize("end", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
 def test_a_text_ends_at_each_end_token(llama3, end):
     request = Request(llama3, [llama3.bos_id], 9, [])
-    request.add(65)
+    request.extend([65])
     assert request.finish_reason is None
-    request.add(llama3.special[end])
+    request.extend([llama3.special[end]])
     assert (request.finish_reason, request.ids, request.text) == ("eos", [65], "A")
 
 
