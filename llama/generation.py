@@ -71,7 +71,7 @@ class LLaMA:
             device: cuda, cuda:1 or cpu (CUDA if there is any)
             engine: int8 on CUDA: triton (our kernels) or bnb (bitsandbytes, the reference)
             verify: compares the shards' md5 sums with checklist.chk first
-            int8_cache: keeps keys and values in int8, in half the memory, rounded to 8 bits
+            int8_cache: keeps keys and values in int8: half their memory, rounded to 8 bits
         """
         check_bool("use_int8", use_int8)
         check_bool("verify", verify)

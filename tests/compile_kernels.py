@@ -121,7 +121,6 @@ def shared_memory(case: int, capability: int) -> tuple[str, float]:
         for i, name in enumerate(kernel.arg_names)
         if given.get(name, "")[:1] == "*" or (name in given and name in "NS")
     }
-    constants = {name: constants[name] for name in constants if name in kernel.arg_names}
     constants |= dict.fromkeys(signature.keys() - given.keys() - constants.keys())
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
