@@ -15,7 +15,7 @@ from llama import model
 from llama.buffers import MAX_SPLITS, Pair
 from llama.kernels.few_rows import DIGITS, digits_of, split_torch
 from llama.kernels.launch import dependent
-from llama.kernels.rotary import store_heads
+from llama.kernels.rotary import SCALES, store_heads
 from llama.lookup import EACH
 from llama.model import LayerCache
 
@@ -69,7 +69,7 @@ def store_new(
     store_heads(x, start + tl.load(positions + rows, there, 0) * HKV, there, cache, scales, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SCALES)
 def attend_kernel(
     queries, k_cache, v_cache, k_scales, v_scales, new_k, new_v, positions, partial, arrivals,
     digits, scales, S, EACH,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama import model
 from llama.kernels.launch import launch
+from llama.kernels.rotary import SCALES
 from llama.model import LayerCache, Span
 
 # Query rows a program, keys at a time, and loads ahead. For 1,900 tokens 40 heads took 105 us, for
@@ -84,7 +85,7 @@ def attend_to(
     return best, total, value
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SCALES)
 def attend_kernel(
     qkv, k_cache, v_cache, k_scales, v_scales, tiles, out, S, scale,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,6 +10,7 @@ from llama.kernels.launch import launch
 from llama.model import LayerCache, Pair, Span
 
 BLOCK_T = 16  # tokens a program
+SCALES = ["k_scales", "v_scales"]  # of int8: those of a layer may begin anywhere
 
 
 def places_of(spans: list[Span], S: int, device: torch.device) -> Tensor:
@@ -44,7 +45,7 @@ def store_heads(x, head, there, cache, scales, K: tl.constexpr):
         tl.store(scales + head, scale, mask=there)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=SCALES)
 def rotate_kernel(
     qkv, k_cache, v_cache, k_scales, v_scales, places, rotation, tokens, bos, first_k, first_v,
     T, S,
