@@ -96,6 +96,14 @@ def attend_kernel(
         own = queries + (b * H + kv * GROUP + h)[:, None] * K + d[None, :]
         q = tl.load(own, there[:, None], 0)
         start = (b // EACH).to(tl.int64) * S * HKV + kv
+        if new_k is not None:
+            # Each program rounds the new tokens that its row reads, if one of its splits has any.
+            rows = b // EACH * EACH + tl.arange(0, MOST_EACH)[:, None]
+            oldest = tl.load(positions + b // EACH * EACH)
+            if (splits - (splits - 1 - first) % tl.num_programs(1)) * steps * BLOCK > oldest:
+                store_new(new_k, k_cache, k_scales, rows, b, positions, start, kv, HKV, K)
+                store_new(new_v, v_cache, v_scales, rows, b, positions, start, kv, HKV, K)
+                tl.debug_barrier()
         value, total = tl.zeros((HEADS, K), tl.float32), tl.zeros((HEADS,), tl.float32)
         # A split leaves values (GROUP, K), then the best scores and the totals.
         SIZE: tl.constexpr = GROUP * (K + 2)
@@ -106,13 +114,6 @@ def attend_kernel(
             total = tl.zeros((HEADS,), tl.float32)
             value = tl.zeros((HEADS, K), tl.float32)
             tokens = split * steps * BLOCK + tl.arange(0, BLOCK)
-            if new_k is not None:
-                # Each row rounds all new tokens that it reads, if any are in this split.
-                rows = b // EACH * EACH + tl.arange(0, MOST_EACH)[:, None]
-                if (split + 1) * steps * BLOCK > tl.load(positions + b // EACH * EACH):
-                    store_new(new_k, k_cache, k_scales, rows, b, positions, start, kv, HKV, K)
-                    store_new(new_v, v_cache, v_scales, rows, b, positions, start, kv, HKV, K)
-                    tl.debug_barrier()
             for i in range(0, tl.minimum(steps, blocks - split * steps)):
                 token = tokens + i * BLOCK
                 seen = token <= position
