@@ -96,7 +96,7 @@ class LayerCache(NamedTuple):
         if self.k_scale is None:
             return self.k, self.v
         parts = (self.k, self.k_scale), (self.v, self.v_scale)
-        k, v = ((codes * scale[..., None]).to(dtype) for codes, scale in parts)
+        k, v = (codes * scale[..., None].to(dtype) for codes, scale in parts)
         return k, v
 
 
