@@ -53,25 +53,25 @@ def attend_torch(qkv, caches, tiles, out) -> None:
 
 @triton.jit
 def attend_to(
-    best, total, value, q, k_head, v_head, k_scales, v_scales, positions, start, end, last, scale,
-    HKV: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    best, total, value, q, k_cache, v_cache, k_scales, v_scales, head, positions, start, end, last,
+    scale, HKV: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Goes on with a softmax over the keys from start to end, all of them seen if WHOLE. A block
     that a row does not see adds zeros to it."""
     d = tl.arange(0, K)[None, :]
     for first in tl.range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        at = token[:, None].to(tl.int64) * (HKV * K) + d
+        heads = head + token.to(tl.int64) * HKV
+        at = heads[:, None] * K + d
         if WHOLE:
-            k, v = tl.load(k_head + at), tl.load(v_head + at)
+            k, v = tl.load(k_cache + at), tl.load(v_cache + at)
         else:
             there = (token <= last)[:, None]
-            k, v = tl.load(k_head + at, there, other=0), tl.load(v_head + at, there, other=0)
+            k, v = tl.load(k_cache + at, there, other=0), tl.load(v_cache + at, there, other=0)
         scores = tl.dot(q, tl.trans(k.to(tl.float16)))
         if k_scales is not None:
-            place = token.to(tl.int64) * HKV
-            scores *= tl.load(k_scales + place, token <= last, other=0)[None, :]
-            v_scale = tl.load(v_scales + place, token <= last, other=0)
+            scores *= tl.load(k_scales + heads, token <= last, other=0)[None, :]
+            v_scale = tl.load(v_scales + heads, token <= last, other=0)
             v = (v.to(tl.float32) * v_scale[:, None]).to(tl.float16)
         if not WHOLE:
             seen = token[None, :] <= positions[:, None]
@@ -105,16 +105,13 @@ def attend_kernel(
     value = tl.zeros((ROWS, K), tl.float32)
     last = position + count - 1
     whole = (position + 1) // BLOCK * BLOCK  # keys in blocks that all rows see
-    k_head, v_head = k_cache + head * K, v_cache + head * K
-    k_scale = k_scales + head if k_scales is not None else None
-    v_scale = v_scales + head if v_scales is not None else None
     best, total, value = attend_to(
-        best, total, value, q, k_head, v_head, k_scale, v_scale, position + r, 0, whole, last,
-        scale, HKV, K, BLOCK, True,
+        best, total, value, q, k_cache, v_cache, k_scales, v_scales, head, position + r, 0, whole,
+        last, scale, HKV, K, BLOCK, True,
     )  # fmt: skip
     best, total, value = attend_to(
-        best, total, value, q, k_head, v_head, k_scale, v_scale, position + r, whole, last + 1,
-        last, scale, HKV, K, BLOCK, False,
+        best, total, value, q, k_cache, v_cache, k_scales, v_scales, head, position + r, whole,
+        last + 1, last, scale, HKV, K, BLOCK, False,
     )  # fmt: skip
     value = (value / total[:, None]).to(tl.float16)
     tl.store(out + rows * (H * K) + h * K + d, value, there)
