@@ -24,7 +24,6 @@ def main(
     device: str | None = None,
     engine: str = "triton",
     verify: bool = False,
-    int8_cache: bool = False,
     max_gen_len: int = 256,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -44,8 +43,9 @@ def main(
         raise ValueError("the list `prompts` in this script is empty: write a prompt into it")
     Settings(*settings)  # checked before the weights are loaded, as the prompts are
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
-    files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, max_batch_size)
-    llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify, int8_cache)
+    llm = LLaMA.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, use_int8, device, engine, verify
+    )
     if len(prompts) == 1:
         print(printable(prompts[0]), end="", flush=True)
         for piece in llm.stream(prompts[0], *settings):

@@ -218,7 +218,6 @@ def main(
     device: str | None = None,
     engine: str = "triton",
     verify: bool = False,
-    int8_cache: bool = False,
     max_gen_len: int | None = None,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -284,7 +283,7 @@ def main(
     check_prompts(prompts, ckpt_dir, tokenizer_path, max_seq_len)
     results, done = (None, ()) if resume is None else open_results(resume, records)
     files, limits = (ckpt_dir, tokenizer_path), (max_seq_len, 1 if chat else max_batch_size)
-    llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify, int8_cache)
+    llm = LLaMA.build(*files, *limits, use_int8, device, engine, verify)
     if records:
         with results or nullcontext():
             continue_prompts(llm, records, settings, json, logprobs, results, done)

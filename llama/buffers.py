@@ -6,8 +6,9 @@
 import torch
 from torch import Tensor
 
-from llama.model import ModelArgs, Pair
+from llama.model import ModelArgs
 
+Pair = tuple[Tensor, Tensor]
 # Most tokens of prompts in one pass. While sequences run, they wait for it: on an H200 13B takes 19
 # ms for 512, as long as two or three of their steps. Where none does, fewer passes are faster:
 # 1,900 tokens take 61 ms, and 77 in passes of 512.
@@ -39,9 +40,6 @@ class DecodeBuffers:
         self.hidden = torch.empty(B, args.hidden_dim, **single)
         self.logits = torch.empty(B, args.vocab_size, **single)
         self.attend = attend_buffers(B, args.n_heads, args.kv_heads, args.head_dim, device)
-        # With an int8 cache: the step's own keys and values, a cache of one token a row.
-        new = torch.empty(2, B, 1, args.kv_heads, args.head_dim, dtype=torch.float16, device=device)
-        self.new = (*new,)
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -150,7 +150,7 @@ class Decoder:
         length = len(ids)
         for _ in in_passes(self.engine, ids, PACK_ALONE):
             pass
-        for cache in self.engine.cache.tensors:
+        for cache in (self.engine.cache.k, self.engine.cache.v):
             cache[:, 1:, :length] = cache[:, :1, :length]
         self.tokens[:, :length] = torch.tensor(ids, device=self.tokens.device)
         self._hold(slice(None), length)

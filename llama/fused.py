@@ -7,7 +7,6 @@ beside it, and wherever a prompt is cut. Nothing waits for the host: a CUDA grap
 """
 
 from contextlib import closing
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,7 +56,7 @@ class FusedEngine:
         def multiply(x, weights, out, then, codes, before="nothing", norm=None):
             mixed_scaled_mm(*vectorwise_quant(x, codes, before, norm), weights, out, then)
 
-        caches, first = map(self.cache.layer, range(args.n_layers)), zip(*first_token(self.model))
+        caches, first = zip(self.cache.k, self.cache.v), zip(*first_token(self.model))
         with closing(repeating(zip(self.model.layers, self.layers, caches, first))) as layers:
             for layer, (wqkv, wo, w1w3, w2), caches, first in layers:
                 norm = layer.attention_norm.weight, args.norm_eps
@@ -82,14 +81,11 @@ class FusedEngine:
         model, buffers, rows = self.model, self.buffers, len(tokens)
         residual = model.tok_embeddings.weight[tokens].float()
         q, hidden, logits = buffers.q[:rows], buffers.hidden[:rows], buffers.logits[:rows]
-        angles, new, places = model.rotation[positions], None, positions
-        if self.cache.scales:  # these are rounded, and cached, where a whole head is at hand
-            new, places = tuple(x[:rows] for x in buffers.new), torch.zeros_like(positions)
-        for i, (layer, (wqkv, wo, w1w3, w2)) in enumerate(zip(model.layers, self.layers)):
-            cache = self.cache.layer(i)
+        angles, caches = model.rotation[positions], (self.cache.k, self.cache.v)
+        for layer, (wqkv, wo, w1w3, w2), *cache in zip(model.layers, self.layers, *caches):
             x = normalized(residual, layer.attention_norm)
-            linear(x, wqkv, q, "rotate", (new or cache[:2], places, angles))
-            linear(attend_one(q, cache, new, positions, buffers.attend), wo, residual, "add")
+            linear(x, wqkv, q, "rotate", (cache, positions, angles))
+            linear(attend_one(q, cache, positions, buffers.attend), wo, residual, "add")
             linear(normalized(residual, layer.ffn_norm), w1w3, hidden, "swiglu")
             linear(split(hidden), w2, residual, "add")
         linear(normalized(residual, model.norm), self.output, logits, "store")
@@ -106,8 +102,7 @@ def first_token(model: Transformer) -> Pair:
     prompts begin with it and all their tokens attend to it, so that its rounding shows in each: a
     decode step rounds it less than a prefill would."""
     if model not in _first_tokens:
-        args, device = replace(model.args, int8_cache=False), model.tok_embeddings.weight.device
-        cache = KVCache(args, 1, 1, torch.float16, device)
+        cache = KVCache(model.args, 1, 1, torch.float16, model.tok_embeddings.weight.device)
         zero = torch.zeros(1, dtype=torch.long, device=cache.k.device)
         FusedEngine(model, cache).step(zero + model.args.bos_id, zero)
         _first_tokens[model] = cache.k[:, 0, 0], cache.v[:, 0, 0]

@@ -56,7 +56,6 @@ class LLaMA:
         device: str | torch.device | None = None,
         engine: str = "triton",
         verify: bool = False,
-        int8_cache: bool = False,
     ) -> "LLaMA":
         """Loads a model folder in Meta's format, or the small demo model.
 
@@ -72,16 +71,13 @@ class LLaMA:
             device: cuda, cuda:1 or cpu (CUDA if there is any)
             engine: int8 on CUDA: triton (our kernels) or bnb (bitsandbytes, the reference)
             verify: compares the shards' md5 sums with checklist.chk first
-            int8_cache: keeps keys and values in int8: half their memory, rounded to 8 bits
         """
         check_bool("use_int8", use_int8)
         check_bool("verify", verify)
-        check_bool("int8_cache", int8_cache)
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}, expected {' or '.join(ENGINES)}")
         folder, target = model_folder(ckpt_dir), pick_device(device, use_int8)
         limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-        limits |= {"int8_cache": int8_cache}
         args, tokenizer = read_model(folder, tokenizer_path, **limits)
         if verify:
             checkpoint.verify(folder)

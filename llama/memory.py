@@ -43,7 +43,6 @@ def main(
     tokenizer_path: str | None = None,
     max_batch_size: int = 1,
     max_seq_len: int = 2048,
-    int8_cache: bool = False,
 ):
     """Estimates the GPU memory of a model.
 
@@ -54,10 +53,8 @@ def main(
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         max_batch_size: sequences at once
         max_seq_len: their length in tokens, prompt and continuation
-        int8_cache: keys and values in int8
     """
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    limits |= {"int8_cache": int8_cache}
     if ckpt_dir is None:
         args = args_of(size, **limits)
     else:

@@ -12,7 +12,6 @@ keys and values, K head dimension, D model dimension, V vocabulary.
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +21,13 @@ from llama.int8 import Int8Linear
 
 SHORT_CONTEXT = 8192  # tokens, which Llama 3 was trained with before its context was extended
 
-Pair = tuple[Tensor, Tensor]
+LayerCache = tuple[Tensor, Tensor] | None  # keys and values of one layer, each (B, S, Hkv, K)
 Span = tuple[int, int, int]  # new tokens of a sequence: its slot, their first position, how many
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The keys of Meta's `params.json`, and what a session adds: two limits, and whether keys and
-    values are kept in int8."""
+    """The keys of Meta's `params.json`, and the two limits of a session."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -45,7 +43,6 @@ class ModelArgs:
 
     max_batch_size: int = 32
     max_seq_len: int = 512
-    int8_cache: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -69,64 +66,22 @@ class ModelArgs:
         return -(-hidden // self.multiple_of) * self.multiple_of
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, each (B, S, Hkv, K): as they are, or in int8 with a float32
-    scale (B, S, Hkv) for each head of a token, its largest magnitude / 127."""
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-
-    def write(self, sequences: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> Pair:
-        """Stores k and v (.., Hkv, K) where sequences and positions (..) say. Returns what will be
-        read there."""
-        at = sequences, positions
-        if self.k_scale is None:
-            self.k[at], self.v[at] = k, v
-            return k, v
-        for x, codes, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
-            scale = x.float().abs().amax(-1) / 127
-            codes[at] = (x.float() / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8)
-            scales[at] = scale
-        return LayerCache(*(part[at] for part in self)).read(k.dtype)
-
-    def read(self, dtype: torch.dtype) -> Pair:
-        """All keys and values, those in int8 as numbers of this type."""
-        if self.k_scale is None:
-            return self.k, self.v
-        parts = (self.k, self.k_scale), (self.v, self.v_scale)
-        k, v = (codes * scale[..., None].to(dtype) for codes, scale in parts)
-        return k, v
-
-
 class KVCache:
     """Keys and values of B sequences of at most S tokens: two tensors (n_layers, B, S, Hkv, K), in
-    fp16 4 x n_layers x Hkv x K bytes a token, in int8 half of that and 8 x n_layers x Hkv for their
-    scales. It begins with zeros: what is not yet written is masked, but a NaN there would still
-    poison the sum."""
+    fp16 4 x n_layers x Hkv x K bytes a token. It begins with zeros: what is not yet written is
+    masked, but a NaN there would still poison the sum."""
 
     def __init__(
         self, args: ModelArgs, batch: int, length: int, dtype: torch.dtype, device: torch.device
     ):
         shape = (args.n_layers, batch, length, args.kv_heads, args.head_dim)
-        dtype = torch.int8 if args.int8_cache else dtype
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        shapes = [shape[:-1]] * 2 if args.int8_cache else []
-        self.scales = tuple(torch.zeros(shape, device=device) for shape in shapes)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.k, self.v, *self.scales
-
-    def layer(self, i: int) -> LayerCache:
-        return LayerCache(*(tensor[i] for tensor in self.tensors))
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def slot(self, i: int, length: int) -> "KVCache":
         """The cache of the first tokens of sequence i, a view of this one's memory."""
         view = copy.copy(self)
-        view.k, view.v, *scales = (tensor[:, i : i + 1, :length] for tensor in self.tensors)
-        view.scales = tuple(scales)
+        view.k, view.v = self.k[:, i : i + 1, :length], self.v[:, i : i + 1, :length]
         return view
 
 
@@ -201,12 +156,7 @@ class Attention(nn.Module):
         self.wo = linear(args.dim, args.dim, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rotation: Tensor,
-        cache: LayerCache | None,
-        mask: Tensor | None,
+        self, x: Tensor, positions: Tensor, rotation: Tensor, cache: LayerCache, mask: Tensor | None
     ) -> Tensor:
         """x (B, T, D) at positions (B, T) -> (B, T, D). Writes keys and values to the cache. mask
         (B, 1, T, S) says which of them each token sees; without one it sees the tokens of this step
@@ -215,10 +165,12 @@ class Attention(nn.Module):
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), rotation)  # (B, T, Hkv, K)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
         if cache is not None:
+            keys, values = cache
             sequences = torch.arange(len(x), device=x.device)[:, None]
-            k, v = cache.write(sequences, positions, k, v)
+            keys[sequences, positions] = k
+            values[sequences, positions] = v
             if mask is not None:
-                k, v = cache.read(k.dtype)
+                k, v = keys, values
         return self.wo(attend(q, k, v, mask).flatten(-2))
 
 
@@ -254,12 +206,7 @@ class TransformerBlock(nn.Module):
         ]
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rotation: Tensor,
-        cache: LayerCache | None,
-        mask: Tensor | None,
+        self, x: Tensor, positions: Tensor, rotation: Tensor, cache: LayerCache, mask: Tensor | None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); the other arguments are those of Attention."""
         x = x + self.attention(self.attention_norm(x), positions, rotation, cache, mask)
@@ -315,6 +262,6 @@ class Transformer(nn.Module):
 
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            of_layer = cache.layer(i) if cache is not None else None
+            of_layer = (cache.k[i], cache.v[i]) if cache is not None else None
             x = layer(x, positions, rotation, of_layer, mask)
         return self.norm(x)

@@ -47,9 +47,8 @@ def model_folder(ckpt_dir: str | Path | None) -> Path:
 def read_model(
     ckpt_dir: Path, tokenizer_path: str | Path | None, **limits: int
 ) -> tuple[ModelArgs, Tokenizer]:
-    """Limits are max_seq_len, max_batch_size and int8_cache. Without a path, the tokenizer is
-    looked for in the folder and, where Meta has it, beside it. Errors of read_params, model_args
-    and Tokenizer."""
+    """Limits are max_seq_len and max_batch_size. Without a path, the tokenizer is looked for in the
+    folder and, where Meta has it, beside it. Errors of read_params, model_args and Tokenizer."""
     params = read_params(ckpt_dir)
     if tokenizer_path is None:
         near = ckpt_dir / "tokenizer.model", ckpt_dir.absolute().parent / "tokenizer.model"
@@ -106,7 +105,7 @@ def model_args(params: dict, vocab_size: int, **limits: int) -> ModelArgs:
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}: download it again")
-    known = {field.name for field in fields(ModelArgs)} - {"bos_id", "int8_cache"}
+    known = {field.name for field in fields(ModelArgs)} - {"bos_id"}
     if unknown := sorted(params.keys() - known):
         kinds = (kind for key, kind in OTHER_MODELS.items() if key in " ".join(unknown))
         raise ValueError(

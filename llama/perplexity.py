@@ -88,7 +88,6 @@ def main(
     windows: int = 32,
     device: str | None = None,
     picture: str = "perplexity.png",
-    int8_cache: bool = False,
 ):
     """Compares int8 with floating point on a text.
 
@@ -100,7 +99,6 @@ def main(
         windows: how many of them, spread over the text
         device: cuda, cuda:1 or cpu (CUDA if there is any)
         picture: where the differences of single tokens are drawn
-        int8_cache: with int8, keeps keys and values in int8, too
     """
     check("window", window, int, 2, 2**20)
     check("windows", windows, int, 1, 2**20)
@@ -125,7 +123,7 @@ def main(
     print(f"| weights | {' | '.join(COLUMNS)} |\n|---|---|---|---|---|")
     print(f"| {base} | {with_interval(loss, COLUMNS['perplexity'])} | | | |", flush=True)
 
-    llm, found = LLaMA.build(ckpt_dir, tokenizer_path, **options, int8_cache=int8_cache), {}
+    llm, found = LLaMA.build(ckpt_dir, tokenizer_path, **options), {}
     for engine in dict.fromkeys([llm.engine, "bnb"]) if target.type == "cuda" else [llm.engine]:
         llm.engine = engine
         name = f"int8, {engine}" if target.type == "cuda" else "int8"

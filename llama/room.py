@@ -55,7 +55,7 @@ def need(
     embedded = prefill.qkv[:, : args.dim].nbytes
     return Need(
         weights=rotation + sum(map(pooled, weight_sizes(model, dtype))),
-        cache=sum(pooled(tensor.nbytes) for tensor in cache.tensors),
+        cache=pooled(cache.k.nbytes) + pooled(cache.v.nbytes),
         work=nbytes(prefill) + embedded + nbytes(decode) + SAMPLING * rows * args.vocab_size,
     )
 

@@ -42,9 +42,6 @@ ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, places: *i32, rotati
 ROTATE |= types("tokens: *i64, bos: i32, first_k: *fp16, first_v: *fp16, S: i32")
 PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
 PREFILL |= types("scale: fp32")
-# Keys and values in fp16, where the kernels get None for these, or in int8.
-INT8 = {}, types("k_cache: *i8, v_cache: *i8, k_scales: *fp32, v_scales: *fp32")
-INT8[1].update(types("new_k: *fp16, new_v: *fp16"))
 QUANT = types("x: *fp16, weight: *fp16, eps: fp32, A: *fp16, CA: *i8, step: *fp32, unit: *fp32")
 QUANT |= types("flags: *i32, columns: *i32, counts: *i32, M: i32")
 PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
@@ -72,20 +69,16 @@ def cases():
     names = ("BLOCK", "LEAST", "MAX_SPLITS", "DIGITS")
     constants = {name: getattr(attention, name) for name in names}
     constants |= {"H": 64, "HKV": 8, "K": 128, "HEADS": 16}
-    constants |= {"MOST_EACH": attention.EACH}
     options = {"num_warps": attention.WARPS, "num_stages": attention.STAGES}
-    for int8 in INT8:
-        yield attention.attend_kernel, ATTEND | int8, constants, options
+    yield attention.attend_kernel, ATTEND, constants, options
 
     constants = {"H": 64, "HKV": 8, "K": 128, "BLOCK_T": rotary.BLOCK_T}
-    for int8 in INT8:
-        yield rotary.rotate_kernel, ROTATE | int8, constants, {"num_warps": 4}
+    yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}
     for K in (64, 128):
         constants = {"H": 64, "HKV": 8, "K": K}
         constants |= {name: getattr(prefill_attention, name) for name in ("ROWS", "BLOCK")}
         options = {"num_warps": 4, "num_stages": prefill_attention.STAGES}
-        for int8 in INT8:
-            yield prefill_attention.attend_kernel, PREFILL | int8, constants, options
+        yield prefill_attention.attend_kernel, PREFILL, constants, options
     names = ("MOST_UNITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "DIGITS")
     constants = {name: getattr(llm_int8, name) for name in names}
     constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD}
@@ -134,7 +127,7 @@ def shared_memory(case: int, capability: int) -> tuple[str, float]:
         for i, name in enumerate(kernel.arg_names)
         if given.get(name, "")[:1] == "*" or (name in given and name in "NS")
     }
-    constants |= dict.fromkeys(signature.keys() - given.keys() - constants.keys())
+    constants = {name: constants[name] for name in constants if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=options)

@@ -242,9 +242,6 @@ SHARDS = {
     "params.json has moe_args, as another model has: pass the": {
         "a key unknown": params(moe_args={})
     },
-    "params.json has int8_cache, as another model has": {
-        "a key of a session": params(int8_cache=True)
-    },
     "has vision_chunk_size, vision_max_num_chunks, as a model that sees images has: pass the": {
         "a model of images": params(vision_chunk_size=448, vision_max_num_chunks=4)
     },

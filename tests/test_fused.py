@@ -1,7 +1,6 @@
 """Is the fused decode step the model's own? In Triton's interpreter where there is no GPU."""
 
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +20,6 @@ prefill_attention = sys.modules["llama.kernels.prefill_attention"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter runs each program in Python; tensor cores want heads of 32.
 SMALL = {"dim": 64 if DEVICE == "cuda" else 32, "n_heads": 2, "multiple_of": 16}
-
-
-INT8 = pytest.mark.parametrize("int8", [False, True], ids=["fp16", "int8"])
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +43,8 @@ def int8_model(params, weights) -> Transformer:
     return model.to(DEVICE)
 
 
-def cache_of(model, batch, dtype=torch.half, length=20, int8=False):
-    return KVCache(replace(model.args, int8_cache=int8), batch, length, dtype, DEVICE)
+def cache_of(model, batch, dtype=torch.half, length=20):
+    return KVCache(model.args, batch, length, dtype, DEVICE)
 
 
 def logits_after(engine, slot, tokens):
@@ -87,24 +83,23 @@ def test_step_is_as_exact_as_int8_weights_allow(B, n_kv_heads):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("B, each", [(3, 4), pytest.param(1, 8, marks=pytest.mark.cuda)])
-@INT8
-def test_several_tokens_of_a_sequence_have_the_bits_of_as_many_steps(B, each, int8):
+def test_several_tokens_of_a_sequence_have_the_bits_of_as_many_steps(B, each):
     """Logits, keys and values; another token at the beginning changes all logits."""
     torch.manual_seed(0)
     params = tiny_params(**SMALL, n_kv_heads=1)
     model = int8_model(params, random_weights(params, outliers=(3,), vocab_size=50))
-    engines = [fused.FusedEngine(model, cache_of(model, B, int8=int8), each) for _ in range(2)]
+    engines = [fused.FusedEngine(model, cache_of(model, B), each) for _ in range(2)]
     together, apart = engines
     for engine in engines:
-        for part in engine.cache.tensors:
-            part[:, :, :5] = 1 if part.dtype == torch.int8 else 0.5
+        engine.cache.k[:, :, :5] = engine.cache.v[:, :, :5] = 0.5
     tokens = torch.randint(3, 50, (B, each), device=DEVICE)
     positions = torch.arange(B, device=DEVICE)[:, None] + 5 + torch.arange(each, device=DEVICE)
     steps = zip(tokens.T.contiguous(), positions.T.contiguous())
     whole = together.step(tokens.flatten(), positions.flatten()).view(B, each, -1).clone()
     for i, step in enumerate(steps):
         assert torch.equal(whole[:, i], apart.step(*step))
-    assert all(map(torch.equal, together.cache.tensors, apart.cache.tensors))
+    assert torch.equal(together.cache.k, apart.cache.k)
+    assert torch.equal(together.cache.v, apart.cache.v)
     tokens[:, 0] = 3 + (tokens[:, 0] - 2) % 47
     other = together.step(tokens.flatten(), positions.flatten()).view(B, each, -1)
     assert not (other == whole).all(-1).any()
@@ -130,8 +125,7 @@ def test_bos_is_rounded_as_in_a_step_where_it_is_first():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("n_kv_heads, outliers", [(None, ()), (1, (3,))])
-@INT8
-def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, int8, monkeypatch):
+def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, monkeypatch):
     """Kernels and twins differ in the order of float32 sums; a sum that then rounds to another code
     moves a logit by 1 % at most, and two were seen (on some CPUs none). The model does not round
     activations; to it, prefill is LLM.int8():
@@ -141,7 +135,7 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, int8, monk
     torch.manual_seed(0)
     params = tiny_params(**SMALL, **({"n_kv_heads": n_kv_heads} if n_kv_heads else {}))
     model = int8_model(params, random_weights(params, outliers=outliers, vocab_size=50))
-    kernels_cache, twins_cache = (cache_of(model, 2, int8=int8) for _ in range(2))
+    kernels_cache, twins_cache = cache_of(model, 2), cache_of(model, 2)
     engine, twins = (fused.FusedEngine(model, cache) for cache in (kernels_cache, twins_cache))
     for row in (0, 1):
         tokens = torch.randint(3, 50, (9 + row,), device=DEVICE)
@@ -154,16 +148,12 @@ def test_prefill_equals_its_twins_and_the_model(n_kv_heads, outliers, int8, monk
         assert (logits - expected).std() < 2e-2 * expected.std()
         assert (logits - model(tokens[None], 0)).std() < 0.15 * expected.std()
         assert (logits_after(twins, row, tokens[:-1]) - expected).std() > 0.2 * expected.std()
-    for i in range(2):
-        for mine, other in zip(
-            *(c.layer(i).read(torch.half) for c in (kernels_cache, twins_cache))
-        ):
-            assert (mine - other)[:, :8].float().std() < 1e-2 * other.float().std()
+    for mine, other in zip((kernels_cache.k, kernels_cache.v), (twins_cache.k, twins_cache.v)):
+        assert (mine - other)[:, :, :8].float().std() < 1e-2 * other.float().std()
 
 
 @torch.inference_mode()
-@INT8
-def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(int8, monkeypatch):
+def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(monkeypatch):
     """Features and caches; with features that are large in all rows and in some. A prompt with
     another first token differs everywhere."""
     monkeypatch.setattr(prefill_attention, "BLOCK", 16)  # so that a short prompt has several
@@ -172,18 +162,19 @@ def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(int8, monkeypat
     model = int8_model(params, random_weights(params, outliers=(3,), vocab_size=50))
     model.layers[0].ffn_norm.weight.data[9] = 8
     long, one, few = (torch.randint(3, 50, (n,), device=DEVICE) for n in (18, 1, 4))
-    engines = (fused.FusedEngine(model, cache_of(model, 4, length=24, int8=int8)) for _ in "123")
-    together, apart, cut = engines
+    together, apart = (fused.FusedEngine(model, cache_of(model, 4, length=24)) for _ in range(2))
     packed = [(1, 0, 18), (3, 0, 1), (0, 0, 4)]
     features = together.prefill(torch.cat([long, one, few]), packed)
     assert features.isfinite().all()
 
     def equal(engine):
-        return all(map(torch.equal, engine.cache.tensors, together.cache.tensors))
+        pairs = (engine.cache.k, together.cache.k), (engine.cache.v, together.cache.v)
+        return all(torch.equal(mine, other) for mine, other in pairs)
 
     alone = [apart.prefill(x, [span]) for x, span in zip((long, one, few), packed)]
     assert torch.equal(torch.cat(alone), features) and equal(apart)
     # 18 tokens as 3, 14 and 1, the second over the end of a block of keys; 4 as 2 and 2.
+    cut = fused.FusedEngine(model, cache_of(model, 4, length=24))
     first = cut.prefill(torch.cat([few[:2], long[:3]]), [(0, 0, 2), (1, 0, 3)])
     middle = [(1, 3, 14), (3, 0, 1), (0, 2, 2)]
     second = cut.prefill(torch.cat([long[3:17], one, few[2:]]), middle)
@@ -210,14 +201,12 @@ def test_the_plain_engine_takes_several_prompts():
 
 @pytest.mark.cuda
 @torch.inference_mode()
-@INT8
-def test_a_prompt_of_any_length_has_the_same_bits_packed_and_cut(int8):
+def test_a_prompt_of_any_length_has_the_same_bits_packed_and_cut():
     """At the demo's width, where tiles of every size are used."""
     model = LLaMA.build(device="cuda").model
     lengths = [300, 1, 64, 70, 8, 129]
     prompts = [torch.randint(3, 500, (n,), device="cuda") for n in lengths]
-    caches = (cache_of(model, 6, length=300, int8=int8) for _ in range(3))
-    engines = [fused.FusedEngine(model, cache) for cache in caches]
+    engines = [fused.FusedEngine(model, cache_of(model, 6, length=300)) for _ in range(3)]
     together, alone, cut = engines
     packed = [(slot, 0, n) for slot, n in enumerate(lengths)]
     features = together.prefill(torch.cat(prompts), packed)
@@ -230,7 +219,8 @@ def test_a_prompt_of_any_length_has_the_same_bits_packed_and_cut(int8):
             parts.append(cut.prefill(some, [(slot, start, len(some))]))
     assert torch.equal(torch.cat(parts), features)
     for engine in (alone, cut):
-        assert all(map(torch.equal, engine.cache.tensors, together.cache.tensors))
+        assert torch.equal(engine.cache.k, together.cache.k)
+        assert torch.equal(engine.cache.v, together.cache.v)
 
 
 def test_joined_layers_are_views_of_one_matrix():
@@ -278,10 +268,9 @@ def test_a_rows_logits_do_not_depend_on_its_company():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 3}], ids=str)
-@INT8
-def test_a_text_has_the_same_bits_at_any_batch_size(settings, int8):
+def test_a_text_has_the_same_bits_at_any_batch_size(settings):
     """200 steps, beside 0 to 39 others, in any slot: tokens and their log-probabilities."""
-    llm = LLaMA.build(device="cuda", max_batch_size=40, int8_cache=int8)
+    llm = LLaMA.build(device="cuda", max_batch_size=40)
     settings = Settings(200, **settings)
     words = "king queen fox wolf cat old young good".split()
     prompts = [f"The {word}{',' * n}" for n in range(5) for word in words]

@@ -614,7 +614,6 @@ def test_stream_says_at_once_what_is_wrong(demo):
         ({"device": "gpu"}, "device is 'gpu', expected cuda, cuda:1 or cpu"),
         ({"device": "meta"}, "device is 'meta', expected"),
         ({"use_int8": "false"}, "use_int8 is 'false', expected True or False"),
-        ({"int8_cache": 8}, "int8_cache is 8, expected True or False"),
         ({"engine": "fast"}, "engine is 'fast', expected triton or bnb"),
         ({"ckpt_dir": ""}, "ckpt_dir is '', expected the model folder"),
         ({"ckpt_dir": 5}, "ckpt_dir is 5, expected the model folder"),

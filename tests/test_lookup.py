@@ -267,11 +267,10 @@ def test_memory_for_more_rows_is_counted(demo):
 @pytest.mark.cuda
 @pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("always", [True, False], ids=["always", "where it pays"])
-@pytest.mark.parametrize("int8_cache", [False, True])
-def test_texts_are_the_same_on_cuda(settings, always, int8_cache, request):
+def test_texts_are_the_same_on_cuda(settings, always, request):
     """100 prompts in 1 to 20 slots, with logprobs, by two graphs: one that verifies, one plain."""
     counts = request.getfixturevalue("counts") if always else None
-    llm = LLaMA.build(device="cuda", int8_cache=int8_cache)
+    llm = LLaMA.build(device="cuda")
     args = llm.model.args
     for slots in (1, 3, 5, 16, 20):
         llm.model.args = dataclasses.replace(args, max_batch_size=slots)

@@ -15,7 +15,7 @@ import pytest
 from conftest import python
 
 import llama
-from llama import __main__, checkpoint, decode
+from llama import __main__, checkpoint
 from llama.cli import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -47,15 +47,6 @@ def test_prompts_are_what_generate_continues(run, demo):
         assert texts == [*expected, ""]
     summary = r"\d+ prompt tokens, \d+ new tokens, [\d.]+ s to the first token, [\d.]+ tokens/s, "
     assert re.search(rf"^{summary}peak memory [\d.]+ [MG]iB$", err, re.M)
-
-
-def test_keys_and_values_in_int8(run_command, monkeypatch):
-    made, cache = [], decode.KVCache
-    monkeypatch.setattr(decode, "KVCache", lambda *a: made.append(a[0].int8_cache) or cache(*a))
-    for flags in ([], ["--int8_cache"]):
-        for command in (["llama", "--prompt=A"], [ROOT / "example.py"]):
-            assert run_command(*command, "--device=cpu", "--max_gen_len=2", *flags)[0] == 0
-    assert made == [False, False, True, True]
 
 
 def test_files_and_standard_input(run, tmp_path, demo):

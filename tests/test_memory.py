@@ -38,22 +38,6 @@ def test_cache_bytes_are_those_of_the_cache(demo):
     assert counted == cache.k.nbytes + cache.v.nbytes
 
 
-def test_an_int8_cache_takes_half_and_its_scales(capsys):
-    """13B: 800 KiB a token in fp16, so 400 and a float32 for each of 3,200 heads."""
-    needed = {}
-    for int8 in (False, True):
-        args = memory.args_of("13B", int8_cache=int8)
-        with torch.device("meta"):
-            model = Transformer(args, Int8Linear)
-        needed[int8] = room.need(model, 8, 2048, torch.float16)
-        memory.main("13B", max_batch_size=8, int8_cache=int8)
-    tokens, rows = 8 * 2048, re.findall(r"^keys and values +(.*)", capsys.readouterr().out, re.M)
-    assert needed[False].cache == tokens * 2**10 * 800
-    assert needed[True].cache == tokens * (2**10 * 400 + 4 * 3200)
-    assert needed[True].work == needed[False].work
-    assert [row.split() for row in rows] == [["12.50"] * 2, ["6.45"] * 2]
-
-
 def test_it_prints_both_kinds_beside_what_is_free(capsys):
     memory.main("7B", max_batch_size=2, max_seq_len=1024)
     printed = capsys.readouterr().out

@@ -15,9 +15,6 @@ from llama import model
 from llama.buffers import MAX_SPLITS, Pair
 from llama.kernels.few_rows import DIGITS, digits_of, split_torch
 from llama.kernels.launch import dependent
-from llama.kernels.rotary import SCALES, store_heads
-from llama.lookup import EACH
-from llama.model import LayerCache
 
 BLOCK = 64  # tokens at a time
 # Blocks that a split has at least. Of what a plain sum of keys and values takes, 0.95 to 0.98 was
@@ -27,20 +24,19 @@ LEAST = 8
 # Most programs of a step: fewer leave the GPU idle, more only cost their launch. With 1,024 a step
 # of 32 rows took 24.0 ms after 1,900 tokens, with these 22.9 (13B, H100, 2026-11-27).
 PROGRAMS = 4096
+# Keys and values in int8, with a scale for each head of a token, take half the memory, but turning
+# codes into fp16 more than doubles the instructions: a step of 32 rows took 25.5 ms instead of 18.3
+# after 1,900 tokens, of 1 row 4.76 instead of 4.49 (13B, H200, 2026-11-27; commit be9496b).
 WARPS = 4
 STAGES = 3
 
 
-def attend_torch(q, caches, new, positions, buffers=None) -> Pair:
+def attend_torch(q, caches, positions, buffers=None) -> Pair:
     slots, _, _, K = caches[0].shape
     out = torch.empty(q.shape, device=q.device)
-    if new:
-        rows = torch.arange(len(q), device=q.device) // (len(q) // slots)
-        caches.write(rows, positions, *(x[:, 0] for x in new))
-    k, v = caches.read(torch.float32)
     for b, position in enumerate(positions.tolist()):
         slot = b // (len(q) // slots)
-        keys, values = (cache[slot : slot + 1, : position + 1].float() for cache in (k, v))
+        keys, values = (cache[slot : slot + 1, : position + 1].float() for cache in caches)
         seen = torch.ones(1, 1, 1, position + 1, dtype=torch.bool, device=q.device)
         heads = q[b].float().view(1, 1, -1, K) * K**0.5
         out[b] = model.attend(heads, keys, values, seen).flatten()
@@ -60,22 +56,10 @@ def store_digits(
 
 
 @triton.jit
-def store_new(
-    new, cache, scales, rows, last, positions, start, kv, HKV: tl.constexpr, K: tl.constexpr
-):
-    """Rounds a key head of rows (n, 1) up to the last, and stores it in their sequence's cache."""
-    there = rows <= last
-    x = tl.load(new + (rows * HKV + kv) * K + tl.arange(0, K)[None, :], there, 0)
-    store_heads(x, start + tl.load(positions + rows, there, 0) * HKV, there, cache, scales, K)
-
-
-@triton.jit(do_not_specialize_on_alignment=SCALES)
 def attend_kernel(
-    queries, k_cache, v_cache, k_scales, v_scales, new_k, new_v, positions, partial, arrivals,
-    digits, scales, S, EACH,
+    queries, k_cache, v_cache, positions, partial, arrivals, digits, scales, S, EACH,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    LEAST: tl.constexpr, MAX_SPLITS: tl.constexpr, DIGITS: tl.constexpr, MOST_EACH: tl.constexpr,
-    PDL: tl.constexpr,
+    LEAST: tl.constexpr, MAX_SPLITS: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program attends for the query heads of one key head of one row to some splits of the
     tokens. HEADS is their number, or the least that a tensor core takes."""
@@ -95,15 +79,7 @@ def attend_kernel(
         digits, scales = digits + 2 * b * H * K, scales + b * H
         own = queries + (b * H + kv * GROUP + h)[:, None] * K + d[None, :]
         q = tl.load(own, there[:, None], 0)
-        start = (b // EACH).to(tl.int64) * S * HKV + kv
-        if new_k is not None:
-            # Each program rounds the new tokens that its row reads, if one of its splits has any.
-            rows = b // EACH * EACH + tl.arange(0, MOST_EACH)[:, None]
-            oldest = tl.load(positions + b // EACH * EACH)
-            if (splits - (splits - 1 - first) % tl.num_programs(1)) * steps * BLOCK > oldest:
-                store_new(new_k, k_cache, k_scales, rows, b, positions, start, kv, HKV, K)
-                store_new(new_v, v_cache, v_scales, rows, b, positions, start, kv, HKV, K)
-                tl.debug_barrier()
+        start = ((b // EACH).to(tl.int64) * S * HKV + kv) * K
         value, total = tl.zeros((HEADS, K), tl.float32), tl.zeros((HEADS,), tl.float32)
         # A split leaves values (GROUP, K), then the best scores and the totals.
         SIZE: tl.constexpr = GROUP * (K + 2)
@@ -117,26 +93,15 @@ def attend_kernel(
             for i in range(0, tl.minimum(steps, blocks - split * steps)):
                 token = tokens + i * BLOCK
                 seen = token <= position
-                place = start + token.to(tl.int64) * HKV
-                at = place[:, None] * K + d[None, :]
+                at = start + token[:, None].to(tl.int64) * (HKV * K) + d[None, :]
                 k = tl.load(k_cache + at, seen[:, None], 0)
                 v = tl.load(v_cache + at, seen[:, None], 0)
-                scores = tl.dot(q, tl.trans(k.to(tl.float16)))
-                if k_scales is not None:
-                    scores *= tl.load(k_scales + place, seen, 0)[None, :]
-                scores = tl.where(seen[None, :], scores, -float("inf"))
+                scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
                 new_best = tl.maximum(best, tl.max(scores, 1))
                 weight = tl.exp(scores - new_best[:, None])
                 shrink = tl.exp(best - new_best)
                 total = total * shrink + tl.sum(weight, 1)
-                value *= shrink[:, None]
-                if v_scales is not None:  # the weights take it, relative to the block's largest
-                    scale = tl.load(v_scales + place, seen, 0)
-                    most = tl.maximum(tl.max(scale, 0), 1e-30)
-                    weight *= (scale / most)[None, :]
-                    value += most * tl.dot(weight.to(tl.float16), v.to(tl.float16))
-                else:
-                    value = tl.dot(weight.to(tl.float16), v, value)
+                value = tl.dot(weight.to(tl.float16), v, value * shrink[:, None])
                 best = new_best
             if splits > 1:
                 mine = parts + split * SIZE
@@ -177,14 +142,11 @@ def attend_kernel(
                     )
 
 
-def attend(
-    q: Tensor, caches: LayerCache, new: Pair | None, positions: Tensor, buffers: Pair
-) -> Pair:
+def attend(q: Tensor, caches: Pair, positions: Tensor, buffers: Pair) -> Pair:
     """Attends from the tokens at `positions` (B,) to themselves and those before them, in caches
-    (slots, S, Hkv, K), fp16 or int8, of which B / slots rows share one, at most EACH: q (B, H K)
-    fp16, rotated and times K^-1/2 -> (B, H K), as few_rows.split() has it, with a scale a head.
-    With int8, `new` (B, 1, Hkv, K) fp16 are keys and values of these tokens, which go into the
-    caches first. `buffers` are attend_buffers()."""
+    (slots, S, Hkv, K) fp16, of which B / slots rows share one: q (B, H K) fp16, rotated and times
+    K^-1/2 -> (B, H K), as few_rows.split() has it, with a scale a head. `buffers` are
+    attend_buffers()."""
     (B, width), (slots, S, Hkv, K) = q.shape, caches[0].shape
     H = width // K
     heads = max(16, triton.next_power_of_2(H // Hkv))
@@ -192,8 +154,8 @@ def attend(
     scales = torch.empty(B, H, device=q.device)
     programs = min(MAX_SPLITS, triton.cdiv(S, LEAST * BLOCK), triton.cdiv(PROGRAMS, B * Hkv))
     attend_kernel[(B * Hkv, programs)](
-        q, *caches, *(new or (None, None)), positions, *buffers, digits, scales, S, B // slots,
-        H, Hkv, K, heads, BLOCK, LEAST, MAX_SPLITS, DIGITS, EACH, **dependent(q), num_warps=WARPS,
+        q, *caches, positions, *buffers, digits, scales, S, B // slots, H, Hkv, K,
+        heads, BLOCK, LEAST, MAX_SPLITS, DIGITS, **dependent(q), num_warps=WARPS,
         num_stages=STAGES,
     )  # fmt: skip
     return digits, scales

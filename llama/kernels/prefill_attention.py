@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llama import model
+from llama.buffers import Pair
 from llama.kernels.launch import launch
-from llama.kernels.rotary import SCALES
-from llama.model import LayerCache, Span
+from llama.model import Span
 
 # Query rows a program, keys at a time, and loads ahead. For 1,900 tokens 40 heads took 105 us, for
 # 8,192 32 heads on 8 took 1.17 ms (torch's: 91 us and 0.93 ms); 128 rows: 107 us and 1.14 ms, but
@@ -46,33 +46,28 @@ def attend_torch(qkv, caches, tiles, out) -> None:
     for slot, row, position, count in tiles.tolist():
         new, end = slice(row, row + count), position + count
         q = qkv[None, new, : out.shape[1]].unflatten(2, (-1, K)).float()
-        k, v = (cache[slot, None, :end].float() for cache in caches.read(torch.float32))
+        k, v = (cache[slot, None, :end].float() for cache in caches)
         seen = torch.ones(count, end, dtype=torch.bool, device=q.device).tril(position)
         out[new] = model.attend(q, k, v, seen[None, None])[0].flatten(1)
 
 
 @triton.jit
 def attend_to(
-    best, total, value, q, k_cache, v_cache, k_scales, v_scales, head, positions, start, end, last,
-    scale, HKV: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    best, total, value, q, k_head, v_head, positions, start, end, last, scale,
+    STRIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Goes on with a softmax over the keys from start to end, all of them seen if WHOLE. A block
     that a row does not see adds zeros to it."""
     d = tl.arange(0, K)[None, :]
     for first in tl.range(start, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        heads = head + token.to(tl.int64) * HKV
-        at = heads[:, None] * K + d
+        at = token[:, None].to(tl.int64) * STRIDE + d
         if WHOLE:
-            k, v = tl.load(k_cache + at), tl.load(v_cache + at)
+            k, v = tl.load(k_head + at), tl.load(v_head + at)
         else:
             there = (token <= last)[:, None]
-            k, v = tl.load(k_cache + at, there, other=0), tl.load(v_cache + at, there, other=0)
-        scores = tl.dot(q, tl.trans(k.to(tl.float16)))
-        if k_scales is not None:
-            scores *= tl.load(k_scales + heads, token <= last, other=0)[None, :]
-            v_scale = tl.load(v_scales + heads, token <= last, other=0)
-            v = (v.to(tl.float32) * v_scale[:, None]).to(tl.float16)
+            k, v = tl.load(k_head + at, there, other=0), tl.load(v_head + at, there, other=0)
+        scores = tl.dot(q, tl.trans(k))
         if not WHOLE:
             seen = token[None, :] <= positions[:, None]
             scores = tl.where(seen, scores, float("-inf"))
@@ -85,9 +80,9 @@ def attend_to(
     return best, total, value
 
 
-@triton.jit(do_not_specialize_on_alignment=SCALES)
+@triton.jit
 def attend_kernel(
-    qkv, k_cache, v_cache, k_scales, v_scales, tiles, out, S, scale,
+    qkv, k_cache, v_cache, tiles, out, S, scale,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program attends for one head of a tile of rows."""
@@ -99,28 +94,28 @@ def attend_kernel(
     there = (r < count)[:, None]
     rows = (first + r).to(tl.int64)[:, None]
     q = tl.load(qkv + rows * ((H + 2 * HKV) * K) + h * K + d, there, other=0)
-    head = slot.to(tl.int64) * S * HKV + h // (H // HKV)
+    head = (slot.to(tl.int64) * S * HKV + h // (H // HKV)) * K
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     value = tl.zeros((ROWS, K), tl.float32)
     last = position + count - 1
     whole = (position + 1) // BLOCK * BLOCK  # keys in blocks that all rows see
     best, total, value = attend_to(
-        best, total, value, q, k_cache, v_cache, k_scales, v_scales, head, position + r, 0, whole,
-        last, scale, HKV, K, BLOCK, True,
+        best, total, value, q, k_cache + head, v_cache + head, position + r, 0, whole, last, scale,
+        HKV * K, K, BLOCK, True,
     )  # fmt: skip
     best, total, value = attend_to(
-        best, total, value, q, k_cache, v_cache, k_scales, v_scales, head, position + r, whole,
-        last + 1, last, scale, HKV, K, BLOCK, False,
+        best, total, value, q, k_cache + head, v_cache + head, position + r, whole, last + 1, last,
+        scale, HKV * K, K, BLOCK, False,
     )  # fmt: skip
     value = (value / total[:, None]).to(tl.float16)
     tl.store(out + rows * (H * K) + h * K + d, value, there)
 
 
-def attend(qkv: Tensor, caches: LayerCache, tiles: Tensor, out: Tensor) -> None:
+def attend(qkv: Tensor, caches: Pair, tiles: Tensor, out: Tensor) -> None:
     """Attention of rows of qkv (T, (H + 2 Hkv) K) fp16, of which only the queries are read, to the
-    keys and values up to their own in the caches (B, S, Hkv, K), fp16 or int8, into out (T, H K)
-    fp16. Which row is which token, tiles_of() says."""
+    keys and values up to their own in the caches (B, S, Hkv, K) fp16, into out (T, H K) fp16. Which
+    row is which token, tiles_of() says."""
     (_, S, Hkv, K), H = caches[0].shape, out.shape[1] // caches[0].shape[3]
     launch(
         attend_kernel, (H, len(tiles)), qkv, *caches, tiles, out, S, K**-0.5 * LOG2_E, H, Hkv, K,

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from llama import model
+from llama.buffers import Pair
 from llama.kernels.launch import launch
-from llama.model import LayerCache, Pair, Span
+from llama.model import Span
 
 BLOCK_T = 16  # tokens a program
-SCALES = ["k_scales", "v_scales"]  # of int8: those of a layer may begin anywhere
 
 
 def places_of(spans: list[Span], S: int, device: torch.device) -> Tensor:
@@ -27,28 +27,13 @@ def rotate_torch(qkv, caches, places, rotation, tokens, bos, first) -> None:
     for x in (q, k):
         x.copy_(model.rotate(x[None], rotation[None, places % S])[0])
     known = (places % S == 0) & (tokens == bos)
-    k, v = (torch.where(known[:, None, None], exact, x) for x, exact in zip((k, v), first))
-    caches.write(places // S, places % S, k, v)
+    for x, exact, cache in zip((k, v), first, caches):
+        cache[places // S, places % S] = torch.where(known[:, None, None], exact, x)
 
 
-@triton.jit
-def store_heads(x, head, there, cache, scales, K: tl.constexpr):
-    """Stores x (n, K) as the heads of these numbers (n, 1) in a cache, in int8 if it has scales."""
-    at = cache + head * K + tl.arange(0, K)[None, :]
-    if scales is None:
-        tl.store(at, x, mask=there)
-    else:
-        scale = tl.max(tl.abs(x.to(tl.float32)), 1, keep_dims=True) / 127
-        ratio = x.to(tl.float32) / tl.maximum(scale, 1e-30)
-        code = tl.where(ratio < 0, ratio - 0.5, ratio + 0.5).to(tl.int32)
-        tl.store(at, code.to(tl.int8), mask=there)
-        tl.store(scales + head, scale, mask=there)
-
-
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=SCALES)
+@triton.jit(do_not_specialize=["T"])
 def rotate_kernel(
-    qkv, k_cache, v_cache, k_scales, v_scales, places, rotation, tokens, bos, first_k, first_v,
-    T, S,
+    qkv, k_cache, v_cache, places, rotation, tokens, bos, first_k, first_v, T, S,
     H: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Each program turns one head of BLOCK_T tokens."""
@@ -58,7 +43,7 @@ def rotate_kernel(
     inside = t < T
     place = tl.load(places + t, mask=inside, other=0)
     source = qkv + (t * (H + 2 * HKV) + h) * K + d
-    head = place.to(tl.int64) * HKV + h - H  # of keys; that of values is HKV less
+    target = place.to(tl.int64) * (HKV * K) + d
     known = (place % S == 0) & (tl.load(tokens + t, mask=inside) == bos)
     x = tl.load(source, mask=inside)
     if h < H + HKV:
@@ -69,16 +54,18 @@ def rotate_kernel(
         x = tl.reshape(turned, (BLOCK_T, K)).to(x.dtype)
         tl.store(source, x, mask=inside)
         if h >= H:
-            x = tl.where(known, tl.load(first_k + (h - H) * K + d), x)
-            store_heads(x, head, inside, k_cache, k_scales, K)
+            at = (h - H) * K
+            x = tl.where(known, tl.load(first_k + at + d), x)
+            tl.store(k_cache + target + at, x, mask=inside)
     else:
-        x = tl.where(known, tl.load(first_v + (h - H - HKV) * K + d), x)
-        store_heads(x, head - HKV, inside, v_cache, v_scales, K)
+        at = (h - H - HKV) * K
+        x = tl.where(known, tl.load(first_v + at + d), x)
+        tl.store(v_cache + target + at, x, mask=inside)
 
 
 def rotate(
     qkv: Tensor,
-    caches: LayerCache,
+    caches: Pair,
     places: Tensor,
     rotation: Tensor,
     tokens: Tensor,
@@ -86,9 +73,9 @@ def rotate(
     first: Pair,
 ) -> None:
     """Rotates queries and keys of tokens (T,) in place, and stores keys and values in the caches
-    (B, S, Hkv, K), fp16 or int8, where places_of() says; where BOS is first in a sequence, `first`
-    (Hkv, K) are its key and value instead. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by
-    side; rotation (.., K/2, 2) float32 begins with position 0."""
+    (B, S, Hkv, K) fp16 where places_of() says; where BOS is first in a sequence, `first` (Hkv, K)
+    are its key and value instead. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by side;
+    rotation (.., K/2, 2) float32 begins with position 0."""
     (T, width), (_, S, Hkv, K) = qkv.shape, caches[0].shape
     heads = width // K
     args = qkv, *caches, places, rotation, tokens, bos, *first, T, S
