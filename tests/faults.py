@@ -480,8 +480,8 @@ INT8 = {
     },
     f"{W2}.weight in {SHARD} {NOT_OURS}": {"code -128": value(-128, f"{W2}.weight")},
     f"ffn_norm.weight in {SHARD} {NOT_FINITE}": {
-        "norm NaN": value(torch.nan, "layers.0.ffn_norm.weight"),
         "norm infinite": value(torch.inf, "layers.0.ffn_norm.weight"),
+        "norm -infinite": value(-torch.inf, "layers.0.ffn_norm.weight"),
     },
     "expected torch.int8": {
         "codes in fp16": tensor(f"{WQ}.weight", torch.Tensor.half),

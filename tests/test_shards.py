@@ -94,6 +94,13 @@ def with_record(name, content, first=False):
     return forge
 
 
+def with_gap(records):
+    """Eight bytes that are no record's, before the directory."""
+    good = zipped(records)
+    start = int.from_bytes(good[-6:-2], "little")
+    return good[:start] + bytes(8) + good[start:-6] + struct.pack("<IH", start + 8, 0)
+
+
 def with_list(change):
     """Another list of tensors, as change(code) gives it."""
 
@@ -148,7 +155,7 @@ FORGED = {
     "an unused record before": (with_record("x/data/9", bytes(24), first=True), True),
     "an unused record behind": (with_record("x/data/9", bytes(24)), True),
     "byteorder in capitals": (with_record("x/BYTEORDER", b"big"), False),
-    "byteorder in another folder": (with_record("y/byteorder", b"big"), False),
+    "byteorder in another folder": (with_record("y/byteorder", b"little"), False),
     "a second list in capitals": (with_record("x/DATA.PKL", b"\x80\2}."), False),
     "a second list behind NUL": (with_record("x/data.pkl%y", b"\x80\2}."), True),
     "a second storage": (with_record("x/data/0", bytes(24)), False),
@@ -163,6 +170,7 @@ FORGED = {
         False,
     ),
     "a method": (with_method, False),
+    "a gap": (with_gap, False),
     "a sum, too low": (with_sum(b"\1\0\0\0"), False),
     "a sum, too high": (with_sum(b"\xff\xff\xff\xff"), False),
     "a second directory": (second_directory, None),  # newer Pythons refuse it
