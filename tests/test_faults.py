@@ -30,8 +30,8 @@ QUICK = {  # what users meet: tried in this process too, each time the tests run
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
         tokenizer absent, embeddings of another tokenizer""",
     "int8": """format 2, last file gone, a file between gone, file twice, a file more,
-        layout by columns, norm infinite, norm -infinite, scales absent, codes in fp16, scales short,
-        scales in fp16, scale NaN, scale negative, scale beyond fp16, code -128""",
+        layout by columns, norm infinite, norm -infinite, scales absent, codes in fp16,
+        scales short, scales in fp16, scale NaN, scale negative, scale beyond fp16, code -128""",
 }
 QUICK = [(form, name) for form in QUICK for name in re.split(r",\s+", QUICK[form])]
 
