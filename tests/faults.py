@@ -387,7 +387,7 @@ SHARDS = {
     f"norm.weight in {SHARD} is torch.bool": {"bool": tensor(NORM, torch.Tensor.bool)},
     rf"{W2}.weight in {SHARD} is \(": {"transposed": tensor(f"{W2}.weight", lambda x: x.T)},
     r"is \(31, 64\), but": {"a row less": tensor(f"{WQ}.weight", lambda x: x[:-1].clone())},
-    r"is \(0, 64\), but": {"no rows": tensor(f"{WQ}.weight", lambda x: x[:0].clone())},
+    r"is \(0, \d+\), but": {"no rows": tensor(EMBEDDINGS, lambda x: x[:0].clone())},
     r"is \(1, 32, 64\), but": {"a dimension more": tensor(f"{WQ}.weight", lambda x: x[None])},
     rf"{EMBEDDINGS} in \S+ is \(\), but": {
         "a number for embeddings": tensor(EMBEDDINGS, lambda x: x[0, 0].clone())

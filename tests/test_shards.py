@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -101,13 +102,16 @@ def with_gap(records):
     return good[:start] + bytes(8) + good[start:-6] + struct.pack("<IH", start + 8, 0)
 
 
-def with_list(change):
-    """Another list of tensors, as change(code) gives it."""
+def with_content(name, change):
+    """Another content of a record, as change(content) gives it."""
 
     def forge(records):
-        return zipped([(n, change(c) if n.endswith("data.pkl") else c) for n, c in records])
+        return zipped([(n, change(c) if n.endswith(name) else c) for n, c in records])
 
     return forge
+
+
+with_list = partial(with_content, "data.pkl")
 
 
 def with_method(records):
@@ -159,6 +163,9 @@ FORGED = {
     "a second list in capitals": (with_record("x/DATA.PKL", b"\x80\2}."), False),
     "a second list behind NUL": (with_record("x/data.pkl%y", b"\x80\2}."), True),
     "a second storage": (with_record("x/data/0", bytes(24)), False),
+    "a longer record": (with_content("data/0", lambda values: values + bytes(4)), False),
+    "a shorter record": (with_content("data/0", lambda values: values[:-4]), False),
+    "a tensor past its storage": (with_list(lambda code: code.replace(b"QK\0", b"QK\1")), False),
     "other values for a tensor": (with_list(lambda code: code.replace(b"u.", b"}bu.")), False),
     "a tensor of other bits": (
         with_list(lambda code: code.replace(b"q\x0bt", b"q\x0b\x88t")),
