@@ -5,7 +5,7 @@
 Between two steps of the sequences that run, one pass prefills the next of the queue: at most PACK
 tokens, of several short prompts or of one long one, so that is how long the others wait. A slot's
 tokens are drawn from its own logits with its own random numbers, so that no sequence depends on the
-others.
+others, but for how the plain engine rounds another number of rows.
 
 Two engines compute the logits, with the same methods: `TorchEngine` by the model's own forward, and
 `fused.FusedEngine` out of our kernels. Where the engine allows it, a step becomes a CUDA graph:

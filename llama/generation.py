@@ -131,7 +131,8 @@ class LLaMA:
             repetition_penalty: above 1 makes tokens that are already in the text less likely
             repetition_penalty_range: how many of the last tokens count for that
             repetition_penalty_slope: 0 penalizes them equally; above 0 older tokens less
-            seed: the same seed, prompt and place in the list give the same text again
+            seed: the same seed, prompt and place in the list give the same text again (on a CPU,
+                in fp16 and with bnb only in the same list)
             stop: ends a continuation before this text, or before any of a list
             top_k: samples from this many of the most likely tokens; 0 from all
             min_p: samples from tokens at least this fraction as likely as the most likely one

@@ -113,12 +113,6 @@ def test_a_matrix_cut_short_is_not_taken_for_one_of_several_shards(make_folder):
         logits(path.parent)
 
 
-def test_grouped_queries_from_two_shards(make_folder):
-    folder, params, weights = make_folder(2, n_heads=8, n_kv_heads=2)
-    expected = torch.from_numpy(oracle.logits(weights, params, TOKENS)[-1])
-    assert (logits(folder, use_int8=False) - expected).abs().max() < 2e-5
-
-
 def rounding_error(make_folder, bits):
     """Of the logits, relative to their spread, when weights are rounded to `bits` on the way."""
     folder, params, weights = make_folder(2)

@@ -24,14 +24,14 @@ QUICK = {  # what users meet: tried in this process too, each time the tests run
         dim is '64', dim absent, heads of keys 3 of 4, n_layers is 1000000000000, one layer less,
         vocabulary another, vocabulary of Llama 3, a key unknown, a model of images, dim odd,
         a model with adapters, a model that was quantized, rope scaled by a number,
-        NaN in embeddings, a tensor left over,
+        NaN in embeddings, no rows, a tensor left over,
         shard empty, shard a web page, shard a git-lfs pointer, shard a folder, shard cut to 0.5,
         shard by another name, shard less, shard first gone, shards all gone,
         dim the largest, a tensor absent, int8 without scales, a list, code: open, NaN in a matrix,
         tokenizer absent, embeddings of another tokenizer""",
     "int8": """format 2, last file gone, a file between gone, file twice, a file more,
-        layout by columns, norm NaN, norm infinite, scales absent, codes in fp16, scales short,
-        scales in fp16, scale NaN, scale negative, scale beyond fp16, code -128""",
+        layout by columns, norm infinite, norm -infinite, scales absent, codes in fp16,
+        scales short, scales in fp16, scale NaN, scale negative, scale beyond fp16, code -128""",
 }
 QUICK = [(form, name) for form in QUICK for name in re.split(r",\s+", QUICK[form])]
 

@@ -1,6 +1,7 @@
 """Does `python -m llama` do for a user what its help says?"""
 
 import inspect
+import io
 import json
 import os
 import re
@@ -135,6 +136,7 @@ def test_another_file_is_not_resumed(run, tmp_path, content, message):
         (["--prompt=a", "--stop="], "stop is "),
         (["--prompt=a", "--top_k=-1"], "top_k is -1, expected a whole number"),
         (["--prompt=a", f"--seed={'-' * 5000}1"], "seed is '-----"),
+        (["--prompt=a", f"--seed={'-' * 100_000}1"], "seed is '-----"),
         (["--prompt=a", f"--seed={'1+' * 5000}1"], "seed is '1+1+1"),
         (["--prompt=a", f"--ckpt_dir=/{'x' * 4000}"], "File name too long: '/xxx"),
         (["--prompt=a", "--ckpt_dir=/a\nb\0"], r"/a\nb\x00 does not exist: pass the model folder"),
@@ -171,6 +173,13 @@ def test_mistakes(run, words, message):
     assert (status, out) == (1, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert len(err) < 700
+
+
+@pytest.mark.parametrize("stderr", [None, "/dev/full"])
+def test_a_mistake_that_nobody_can_read_is_an_exit_status(run, monkeypatch, stderr):
+    stream = stderr and io.TextIOWrapper(io.FileIO(stderr, "w"), write_through=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert run("--bogus") == (1, "", "")
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,6 @@ def test_nothing_to_continue_is_an_error(start_pos):
 
 def test_usable_as_soon_as_built():
     args = ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=100, multiple_of=32)
-    assert args.max_batch_size == 32
     for model in (Transformer(args), Transformer(args, nn.Linear)):
         logits = model(torch.tensor([[1, 2, 3]]), 0)
         assert logits.shape == (1, 100) and logits.dtype == torch.float32
@@ -162,7 +161,7 @@ def test_moving_a_model_before_its_first_call_changes_nothing():
 @pytest.mark.parametrize(
     "shape, hidden",
     [
-        ({"dim": 4096}, 11008),
+        ({}, 11008),
         ({"dim": 5120}, 13824),
         ({"dim": 6656}, 17920),
         ({"dim": 8192}, 22016),
@@ -177,6 +176,12 @@ def test_moving_a_model_before_its_first_call_changes_nothing():
 )
 def test_ffn_sizes_of_the_published_models(shape, hidden):
     assert ModelArgs(**shape).hidden_dim == hidden
+
+
+def test_defaults_are_those_of_7b():
+    args = ModelArgs()
+    assert (args.dim, args.n_layers, args.n_heads, args.norm_eps) == (4096, 32, 32, 1e-5)
+    assert (args.max_batch_size, args.max_seq_len) == (32, 512)
 
 
 def test_cache_takes_what_it_is_asked_for():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama import Settings, sampling
-from llama.sampling import NOT_FINITE, has_kernel, next_token, penalize
+from llama.sampling import NOT_FINITE, has_kernel, next_token, penalize, uniform_numbers
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
@@ -75,6 +75,12 @@ def test_temperature_0_and_nearly_0_are_greedy():
     for temperature in (0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-20):  # float32 takes some for 0
         settings = Settings(temperature=temperature, top_p=0.9)
         assert sample(logits, torch.tensor([0.999, 0.5, 0]), settings).tolist() == [1, 0, 1]
+    assert sample(torch.ones(1, 4), torch.tensor([0.999]), Settings(temperature=0, top_p=1)) == 0
+
+
+def test_each_place_of_a_list_has_its_own_numbers_again_and_again():
+    numbers = {tuple(uniform_numbers(7, place, 9).tolist()) for place in (0, 1, 2, 0, 1, 2)}
+    assert len(numbers) == 3
 
 
 def test_ends_of_the_uniform_numbers_pick_possible_tokens():

@@ -202,15 +202,13 @@ def test_numbers_of_numpy_are_numbers(demo):
 
 @pytest.mark.slow
 def test_commands_without_streams_or_docstrings():
-    """With a shell's >&-, on a full disk and with python -OO."""
+    """With a shell's >&- and with python -OO."""
     command = [sys.executable, "-m", "llama", "--prompt=a", "--max_gen_len=2"]
     for closing in (">&-", "<&-", "2>&-"):
         for line, status in ((command, 0), ([*command, "--bogus"], 1)):
             line = f"{shlex.join(line)} {closing}"
             done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=ROOT)
             assert done.returncode == status and "Traceback" not in done.stderr
-    line = f"{shlex.join([*command, '--bogus'])} 2> /dev/full"
-    assert subprocess.run(line, shell=True, cwd=ROOT).returncode == 1
     command.insert(1, "-OO")
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
 

@@ -6,6 +6,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -94,13 +95,23 @@ def with_record(name, content, first=False):
     return forge
 
 
-def with_list(change):
-    """Another list of tensors, as change(code) gives it."""
+def with_gap(records):
+    """Eight bytes that are no record's, before the directory."""
+    good = zipped(records)
+    start = int.from_bytes(good[-6:-2], "little")
+    return good[:start] + bytes(8) + good[start:-6] + struct.pack("<IH", start + 8, 0)
+
+
+def with_content(name, change):
+    """Another content of a record, as change(content) gives it."""
 
     def forge(records):
-        return zipped([(n, change(c) if n.endswith("data.pkl") else c) for n, c in records])
+        return zipped([(n, change(c) if n.endswith(name) else c) for n, c in records])
 
     return forge
+
+
+with_list = partial(with_content, "data.pkl")
 
 
 def with_method(records):
@@ -148,10 +159,13 @@ FORGED = {
     "an unused record before": (with_record("x/data/9", bytes(24), first=True), True),
     "an unused record behind": (with_record("x/data/9", bytes(24)), True),
     "byteorder in capitals": (with_record("x/BYTEORDER", b"big"), False),
-    "byteorder in another folder": (with_record("y/byteorder", b"big"), False),
+    "byteorder in another folder": (with_record("y/byteorder", b"little"), False),
     "a second list in capitals": (with_record("x/DATA.PKL", b"\x80\2}."), False),
     "a second list behind NUL": (with_record("x/data.pkl%y", b"\x80\2}."), True),
     "a second storage": (with_record("x/data/0", bytes(24)), False),
+    "a longer record": (with_content("data/0", lambda values: values + bytes(4)), False),
+    "a shorter record": (with_content("data/0", lambda values: values[:-4]), False),
+    "a tensor past its storage": (with_list(lambda code: code.replace(b"QK\0", b"QK\1")), False),
     "other values for a tensor": (with_list(lambda code: code.replace(b"u.", b"}bu.")), False),
     "a tensor of other bits": (
         with_list(lambda code: code.replace(b"q\x0bt", b"q\x0b\x88t")),
@@ -163,6 +177,7 @@ FORGED = {
         False,
     ),
     "a method": (with_method, False),
+    "a gap": (with_gap, False),
     "a sum, too low": (with_sum(b"\1\0\0\0"), False),
     "a sum, too high": (with_sum(b"\xff\xff\xff\xff"), False),
     "a second directory": (second_directory, None),  # newer Pythons refuse it

@@ -120,6 +120,7 @@ def test_a_character_of_bytes_comes_with_its_last(tokenizer):
         text = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
         certain = [part[: len(part) - n] for part, n in zip(text, held)]
         assert certain[-1] == text[-1] and not any("\ufffd" in part for part in certain)
+    assert tokenizer.unfinished([3 + byte for byte in b"\xc3\xa9\xa9"]) == 0  # \xe9, and one more
 
 
 def test_a_list_of_prompts_becomes_ids(tokenizer):
@@ -276,7 +277,7 @@ def cut(text):
     "text",
     [
         "a" * 25_000 + " b",
-        "a" * 25_001 + " b",
+        "and" * 9_000 + " b",
         "x " + " " * 60_000 + "é" * 50_001,
         "The king said. " * 30_000,
         "\n" * 2**20,
