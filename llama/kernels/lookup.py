@@ -1,5 +1,5 @@
-"""The guesses of prompt lookup in one launch, a program a sequence. The twin is
-`llama.lookup.guess`, whose two dozen launches took 1 % of a step.
+"""The guesses of prompt lookup in one launch instead of two dozen, a program a sequence. The twin is
+`llama.lookup.guess`.
 """
 
 import torch
