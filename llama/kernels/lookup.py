@@ -15,7 +15,7 @@ def guess_kernel(
     tokens, lengths, found, stride, count,
     NGRAM: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """COUNT is count or more."""
+    """Each program guesses what follows a sequence. COUNT is count or more."""
     b = tl.program_id(0)
     length = tl.load(lengths + b)
     tokens += b.to(tl.int64) * stride
