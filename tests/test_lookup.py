@@ -173,6 +173,13 @@ def test_plain_steps_where_it_cannot_pay(demo, monkeypatch):
     check_the_same(demo, ["The fox ran. " * 9], max_gen_len=20, temperature=0)
 
 
+def test_up_to_16_sequences_are_guessed(demo, plain_engine_verifies):
+    plain_engine_verifies(cost=1)
+    of = {slots: demo.decoder(slots, 40, Settings(lookup=True)) for slots in (1, 16, 17)}
+    assert [decoder.each for decoder in of.values()] == [8, 2, 1]
+    assert [decoder.watch is None for decoder in of.values()] == [False, False, True]
+
+
 def guesses(ids, count=4):
     tokens = torch.zeros(1, 20, dtype=torch.long)
     tokens[0, : len(ids)] = torch.tensor(ids)
