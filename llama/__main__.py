@@ -240,8 +240,9 @@ def main(
             typed and remembers those before, up to a line /new
         system: with --chat, tells the model how to answer before the conversation begins
         json: prints a line of JSON for each prompt as soon as it has ended: its index in the list,
-            from 0, other keys of its own line, the text that was added, its tokens (with those of
-            a stop string) and finish_reason, which is stop, length or eos
+            from 0, other keys of its own line unless one of these has its name, the prompt, the
+            text that was added, its tokens (with those of a stop string), finish_reason, which is
+            stop, length or eos, how many seconds it took, and its logprobs
         resume: file that these lines are added to instead; prompts that are in it are left out, so
             an interrupted run continues when it is started again (with the same texts if it has a
             --seed)

@@ -108,12 +108,13 @@ def load(ckpt_dir: Path, args: ModelArgs, device: torch.device, use_int8: bool) 
     with closing(fill_model(planned, model, device, dtype, f"Loading {name}")) as done:
         peak = max(before, *(anonymous_bytes() for _ in done))
     model.rotation = rotation_table(args, device)
-    print(
-        f"Loaded {name} in {time.perf_counter() - started:.1f} s: "
-        f"{readable(weight_bytes(model, dtype))} on {device}, "
-        f"host memory peak +{readable(peak - before)}",
-        file=sys.stderr,
-    )
+    if sys.stderr is not None:  # else print() would write to stdout
+        print(
+            f"Loaded {name} in {time.perf_counter() - started:.1f} s: "
+            f"{readable(weight_bytes(model, dtype))} on {device}, "
+            f"host memory peak +{readable(peak - before)}",
+            file=sys.stderr,
+        )
     return model
 
 

@@ -100,9 +100,9 @@ def flag_of(written: str, flags: Mapping[str, inspect.Parameter]) -> str:
     named = [name] if name in flags else [flag for flag in flags if flag[0] == name]
     if len(named) == 1:
         return named[0]
-    meant = OTHER_NAMES.get(name)
-    near = [meant] if meant in flags else difflib.get_close_matches(name, flags, n=1)
-    hint = f"did you mean --{near[0]}?" if near else "see --help"
+    others = {other: flag for other, flag in OTHER_NAMES.items() if flag in flags}
+    near = difflib.get_close_matches(name, [*flags, *others], n=1)
+    hint = f"did you mean --{others.get(near[0], near[0])}?" if near else "see --help"
     raise ValueError(f"unknown flag {written:.60}: {hint}")
 
 

@@ -120,8 +120,8 @@ class Decoder:
         # By slot: ids of which not all are in the cache yet, how many are, and where the sequence
         # ends. Such a slot has no newest token.
         self.queue: dict[int, tuple[list[int], int, int]] = {}
-        self.returned = False  # the newest tokens
-        self.verified = False  # whether guesses were, in the step not yet returned
+        self.returned = False  # whether step() returned the newest tokens
+        self.verified = False  # whether they come of a step that verified guesses
         # Of a step, by whether it verifies; and the milliseconds that it took.
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self.took: dict[bool, float] = {}
@@ -194,8 +194,8 @@ class Decoder:
         vars(self).clear()
 
     def _hold(self, slots: int | slice, start: int) -> None:
-        """Has steps, which run over all slots, put keys and values at place `start` alone and
-        tokens behind it: both are overwritten before they are read. What is before is cached."""
+        """Has steps, which run over all slots, put keys and values at place `start` alone, tokens
+        there and behind it: all are overwritten before they are read. What is before is cached."""
         self.lengths[slots], self.last[slots] = start + 1, start
 
     def _prefill(self) -> None:
@@ -214,6 +214,7 @@ class Decoder:
             self.tokens[slot, start : start + count] = part
         features = self.engine.prefill(tokens, spans)
 
+        slot, start, count = spans[-1]
         ids, _, end = self.queue[slot]
         if start + count < len(ids):  # a part of a long prompt fills its pass alone
             self.queue[slot] = ids, start + count, end
@@ -225,7 +226,8 @@ class Decoder:
             self.lengths[slot], self.last[slot] = len(ids), end - 1
         ends = torch.tensor([counts, [slot for slot, _, _ in spans]], device="cpu")
         counts, slots = ends.to(tokens.device, non_blocking=True)
-        # As many rows as in a step, some of them twice: how many end here changes no rounding.
+        # As many rows as in a step, which repeat those that end here: their number changes no
+        # rounding.
         each = self.slots % len(spans)
         self._draw(self.engine.head(features[counts.cumsum(0)[each] - 1]), slots[each])
 
@@ -311,8 +313,8 @@ class Decoder:
 
     def _capture(self, forward: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, float]:
         """A step as a CUDA graph, and the milliseconds it takes where that decides what comes next.
-        It runs to compile and warm up, and what it changed is put back. Other threads may use the
-        GPU meanwhile."""
+        It runs to compile and warm up; then tokens and lengths are put back, and the rest is
+        overwritten when the step runs. Other threads may use the GPU meanwhile."""
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()

@@ -1,9 +1,10 @@
 """The fast engine: prefill and decode steps of an int8 model on CUDA, out of `kernels`.
 
 It computes what `Transformer` does in a few launches a layer instead of some thirty, with a float32
-residual stream. A prompt is LLM.int8(). A decode step, which is bound by reading the weights,
-rounds activations less, to two int8 digits. Each row's result is the same bit for bit whatever runs
-beside it, and wherever a prompt is cut. Nothing waits for the host: a CUDA graph can hold a step.
+residual stream. The layers of a prompt are LLM.int8(). A decode step, which is bound by reading the
+weights, rounds activations less, to two int8 digits, as a prompt's output head does. Each row's
+result is the same bit for bit whatever runs beside it, and wherever a prompt is cut. Nothing waits
+for the host: a CUDA graph can hold a step.
 """
 
 from contextlib import closing
@@ -99,7 +100,7 @@ class FusedEngine:
 
 def first_token(model: Transformer) -> Pair:
     """Keys and values (n_layers, Hkv, K) fp16 of BOS as the first token, computed once a model. All
-    prompts begin with it and all their tokens attend to it, so that its rounding shows in each: a
+    texts begin with it and all their tokens attend to it, so that its rounding shows in each: a
     decode step rounds it less than a prefill would."""
     if model not in _first_tokens:
         cache = KVCache(model.args, 1, 1, torch.float16, model.tok_embeddings.weight.device)

@@ -115,8 +115,9 @@ class LLaMA:
 
         Up to max_batch_size are continued at a time, fewer where memory is short; when one ends,
         the next takes its place. Between two tokens of those that run, at most 512 tokens of new
-        prompts are prefilled. A beginning that all share is prefilled once: `[prompt] * n` gives n
-        continuations of one prefill. (On a CPU and with bnb that may round a little differently.)
+        prompts are prefilled. A beginning of 32 tokens or more that all share is prefilled once:
+        `[prompt] * n` gives n continuations of one prefill. (On a CPU and with bnb that may round a
+        little differently.)
 
         A continuation ends at the model's end-of-text token, before a stop string, after
         max_gen_len tokens, or when prompt and continuation fill max_seq_len. ValueError for a
@@ -124,7 +125,8 @@ class LLaMA:
         sequence fits; FloatingPointError if the model computes logits that are not finite.
 
         Args:
-            prompts: a list of any length, of texts or of lists of token ids
+            prompts: a list of any length, of texts or of lists of token ids, which should begin
+                with tokenizer.bos_id as texts do
             max_gen_len: longest continuation, in tokens (256; --chat and messages: as long as fits)
             temperature: 0 takes the most likely token, 1 samples from the model's distribution
             top_p: samples from the fewest most likely tokens whose probabilities reach this sum

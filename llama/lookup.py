@@ -18,7 +18,8 @@ from llama.buffers import MOST_ROWS
 EACH = 8  # most rows of a sequence in a step that verifies: its newest token and 7 guesses
 NGRAM = 3  # last tokens of a sequence that are looked up
 KEPT = 0.8  # how much older guesses weigh after each newer one
-# An imagined record, 0.5 of 4 guesses right: one more must be before a step verifies. Simulated, if
+# A sequence begins as if 0.5 of 4 guesses had been right: more must be before a step verifies.
+# Simulated, if
 # such a step costs 1.25: tales that copy parts came 2.34 times as fast as without, others 0.996
 # times; with n-grams of 2 2.28 and 0.990, of 4 2.27 and 1.000.
 FIRST = 0.5, 4.0
@@ -79,7 +80,7 @@ class Watch:
 
     def spend(self, verified: bool, tokens: float) -> None:
         """Takes what a step gave, in tokens a sequence."""
-        self.credit += tokens - self.cost if verified else LOSS
+        self.credit += (tokens - self.cost) if verified else LOSS
 
     def expected(self, slot: int) -> float:
         """Tokens that a step which verifies gives a sequence: the first, and each guess that is

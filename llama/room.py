@@ -109,7 +109,8 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
 
 def slots_that_fit(model: Transformer, sequences: int, length: int, lookup: bool) -> int:
     """How many sequences of this length a loaded model continues at once: all up to max_batch_size,
-    or, with a warning, as many as fit; 1 if none does, which `check_cache` refuses."""
+    or, with a warning, as many as fit; 1 if none does, which `check_cache` refuses unless keys and
+    values alone fit."""
     weight, wanted = model.tok_embeddings.weight, min(sequences, model.args.max_batch_size)
     free = free_bytes(weight.device)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 import traceback
 
 import pytest
@@ -158,6 +159,20 @@ def slots(monkeypatch):
         monkeypatch.setattr(llm.model, "args", args)
 
     return set_slots
+
+
+def test_loading_writes_nothing_to_stdout(monkeypatch, capsys):
+    """Not even where stderr is closed."""
+    monkeypatch.setattr(sys, "stderr", None)
+    LLaMA.build(device="cpu")
+    assert capsys.readouterr().out == ""
+
+
+def test_logprobs_come_where_they_are_wanted(demo):
+    settings = Settings(2)
+    assert [row.logprobs for row in demo.complete(["A"], settings)] == [[]]
+    assert [row.logprobs for row in demo.completions(["A"], settings)] == [[]]
+    assert [row.logprobs for row in next(demo.steps(["A"], settings))] == [[]]
 
 
 def test_slots_are_refilled_and_each_text_is_what_it_is_alone(demo_float, passes, slots):

@@ -147,6 +147,7 @@ def test_another_file_is_not_resumed(run, tmp_path, content, message):
         (["-p", "a"], "unknown flag -p: did you mean --prompt?"),
         (["--max_new_tokens=5"], "unknown flag --max_new_tokens: did you mean --max_gen_len?"),
         (["--max-tokens", "5"], "unknown flag --max-tokens: did you mean --max_gen_len?"),
+        (["--max_new_token=5"], "unknown flag --max_new_token: did you mean --max_gen_len?"),
         (["--model", "13B"], "unknown flag --model: did you mean --ckpt_dir?"),
         (["--temp=1"], "unknown flag --temp: did you mean --temperature?"),
         (["The king"], "'The king' belongs to no flag: write --prompt=TEXT or --ckpt_dir="),

@@ -184,7 +184,7 @@ def mixed_scaled_mm_kernel(
     THRESHOLD: tl.constexpr, ROUND: tl.constexpr, LIST_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Each program computes a tile; the last of a block of rows empties its list for the next.
-    Float32 operations are fused where it says so alone: for the same bits in tiles of any size."""
+    Float32 operations are fused only where the code calls fma: for the same bits in any tiles."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
@@ -272,8 +272,9 @@ def tile_of(M: int, N: int) -> tuple[int, int, int]:
 def mixed_scaled_mm(
     CA: Tensor, step: Tensor, kept: Buffers, weights: Pair, out: Tensor, then: str
 ) -> None:
-    """Rows as vectorwise_quant() returned them, once, times int8 weights CB (N, D) and scales SCB
-    (N,): "store" puts the product (M, N) into out, "add" adds it to out."""
+    """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) and scales SCB (N,):
+    "store" puts the product (M, N) into out, "add" adds it to out. It empties the lists of columns:
+    call it once for each call of vectorwise_quant()."""
     (M, D), N = CA.shape, out.shape[1]
     block_m, block_n, stages = tile_of(M, N)
     launch(

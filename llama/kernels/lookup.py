@@ -1,5 +1,6 @@
-"""The guesses of prompt lookup in one launch instead of two dozen, a program a sequence. The twin is
-`llama.lookup.guess`.
+"""The guesses of prompt lookup in one launch instead of two dozen, a program a sequence.
+
+The twin is `llama.lookup.guess`.
 """
 
 import torch

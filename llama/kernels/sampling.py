@@ -1,4 +1,4 @@
-"""The draw of the next token without a sort, in 5 or 8 short launches that no logits change.
+"""The draw of the next token without a sort, in 5 or 8 short launches, however the logits are.
 
 The twin is `llama.sampling.draw`. Where the nucleus ends, and which token a uniform number picks,
 are one question: up to which token, most likely first, does the mass add up to a goal? The answer
