@@ -366,7 +366,7 @@ class LLaMA:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One thread's turn at the model."""
-        with self._lock, at_work(self.device, self._cores), forgetting():
+        with self._lock, forgetting(), at_work(self.device, self._cores):
             yield
 
 

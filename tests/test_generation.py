@@ -168,6 +168,20 @@ def test_loading_writes_nothing_to_stdout(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_ctrl_c_as_work_begins_leaves_torch_as_it_was(demo, monkeypatch):
+    """Though the error is kept, as a notebook keeps it."""
+    enter = torch.inference_mode.__enter__
+
+    def interrupted(mode):
+        enter(mode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.inference_mode, "__enter__", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        demo.generate(["A"], 2)
+    assert kept and not torch.is_inference_mode_enabled()
+
+
 def test_logprobs_come_where_they_are_wanted(demo):
     settings = Settings(2)
     assert [row.logprobs for row in demo.complete(["A"], settings)] == [[]]
