@@ -212,7 +212,8 @@ class SentencePiece:
     def encode(self, text):
         text = f"\u2581{text}".replace(" ", "\u2581") if text else ""
         parts = lowest_first(text, self.rank)
-        ids, unknown = [], self.special["<unk>"]
+        [unknown] = [i for i, (*_, kind) in enumerate(self.pieces) if kind == self.UNKNOWN]
+        ids = []
         for part in parts:
             id = self.special.get(part, self.ids.get(part, unknown))
             if id == unknown and self.has_bytes:
