@@ -19,9 +19,8 @@ EACH = 8  # most rows of a sequence in a step that verifies: its newest token an
 NGRAM = 3  # last tokens of a sequence that are looked up
 KEPT = 0.8  # how much older guesses weigh after each newer one
 # A sequence begins as if 0.5 of 4 guesses had been right: more must be before a step verifies.
-# Simulated, if
-# such a step costs 1.25: tales that copy parts came 2.34 times as fast as without, others 0.996
-# times; with n-grams of 2 2.28 and 0.990, of 4 2.27 and 1.000.
+# Simulated, if such a step costs 1.25: tales that copy parts came 2.34 times as fast as without,
+# others 0.996 times; with n-grams of 2 2.28 and 0.990, of 4 2.27 and 1.000.
 FIRST = 0.5, 4.0
 LOSS = 0.015  # of the time may be lost by guesses that were wrong
 

@@ -89,8 +89,8 @@ def penalize(logits: Tensor, tokens: Tensor, lengths: Tensor, settings: Settings
     Of row b the last `window` of tokens[b, :lengths[b]] count. With slope 0 all have the full
     penalty. Otherwise it rises along the window (KoboldAI's slope): for the token i places before
     the newest, x = 1 - 2 i / (window - 1) and y = slope x / (1 + |x| (slope - 1)) run from 1 to -1,
-    and the penalty is 1 + (penalty - 1) (1 + y) / 2. Of a token that
-    stands there twice the newest counts.
+    and the penalty is 1 + (penalty - 1) (1 + y) / 2. Of a token that stands there
+    twice the newest counts.
     """
     window = settings.repetition_penalty_range
     place = torch.arange(tokens.shape[1], device=tokens.device)
