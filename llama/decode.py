@@ -122,9 +122,7 @@ class Decoder:
         self.queue: dict[int, tuple[list[int], int, int]] = {}
         self.returned = False  # whether step() returned the newest tokens
         self.verified = False  # whether they come of a step that verified guesses
-        # Of a step, by whether it verifies; and the milliseconds that it took.
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        self.took: dict[bool, float] = {}
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of a step, by whether it verifies
 
     def begin(self, slot: int, ids: list[int], uniform: Tensor, start: int = 0) -> None:
         """Queues a sequence for a slot; the first `start` of its ids are in the slot's cache
@@ -239,9 +237,7 @@ class Decoder:
         forward = self._verify if self.verified else self._forward
         if self.engine.capturable:
             if self.verified not in self.graphs:
-                self.graphs[self.verified], self.took[self.verified] = self._capture(forward)
-                if len(self.took) == 2:
-                    self.watch.cost = self.took[True] / self.took[False]
+                self._capture(forward)
             self.graphs[self.verified].replay()
         else:
             forward()
@@ -311,10 +307,10 @@ class Decoder:
         if gained:
             self.watch.spend(verified, sum(gained) / len(gained))
 
-    def _capture(self, forward: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, float]:
-        """A step as a CUDA graph, and the milliseconds it takes where that decides what comes next.
-        It runs to compile and warm up; then tokens and lengths are put back, and the rest is
-        overwritten when the step runs. Other threads may use the GPU meanwhile."""
+    def _capture(self, forward: Callable[[], None]) -> None:
+        """Adds a step to the graphs. It runs to compile and warm up; then tokens and lengths are
+        put back, and the rest is overwritten when the step runs. Other threads may use the GPU
+        meanwhile."""
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
@@ -330,15 +326,19 @@ class Decoder:
             finally:  # after Ctrl-C, too: a stream left capturing would refuse all other work
                 if torch.cuda.is_current_stream_capturing():
                     graph.capture_end()
-        took = 0.0
-        if self.watch:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graph.replay()  # the first time takes longer
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            took = begin.elapsed_time(end)
+        self.graphs[self.verified] = graph
+        if len(self.graphs) == 2:
+            self.watch.cost = milliseconds(self.graphs[True]) / milliseconds(self.graphs[False])
         for tensor, value in zip(state, before):
             tensor.copy_(value)
-        return graph, took
+
+
+def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
+    """That a graph takes, from its second run on."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

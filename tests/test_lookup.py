@@ -240,6 +240,8 @@ def test_a_watch_knows_each_sequence():
     for _ in range(20):
         for slot in range(4):
             watch.see(slot, 7 * (slot < 3), 7, True)
+    assert not watch.pays([9, 9, 9, 9]), "a step's graph costs more than one step gains"
+    watch.pays([9, 9, 9, 9])
     assert watch.pays([9, 9, 9, 9]) and watch.pays([0, 9, 0, 9]) and not watch.pays([0, 0, 0, 9])
     assert not watch.pays([0, 0, 1, 0]) and not watch.pays([0] * 4)
     watch.begin(1)
