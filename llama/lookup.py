@@ -5,7 +5,7 @@ A step that verifies computes the logits after the newest token and after each g
 token is drawn from each as if all guesses before it were right, and is kept if they are: so a
 sequence is the same as without guesses. Such a step takes longer than a plain one, whatever comes
 of it. `Watch` decides which to take; plain steps, too, show how guesses would have fared. The first
-that verifies costs most, as its CUDA graph is captured: it has to wait until some gain was missed.
+that verifies costs most, as its CUDA graph is captured: it waits until as much gain was missed.
 
 It is for our kernels, whose rows have the same bits however many there are. Where the plain engine
 computes, on the CPU for one, it changes nothing: there each row would take a step.
@@ -24,8 +24,8 @@ KEPT = 0.8  # how much older guesses weigh after each newer one
 # others 0.996 times; with n-grams of 2 2.28 and 0.990, of 4 2.27 and 1.000.
 FIRST = 0.5, 4.0
 LOSS = 0.015  # of the time may be lost by guesses that were wrong
-# Tokens a sequence that must have been missed before the first step verifies: its CUDA graph takes
-# as long to capture as some 8 plain steps.
+# What verifying would have gained, in plain steps, before the first step verifies: the capture of
+# its CUDA graph takes about as long.
 MISSED = 8.0
 
 
@@ -66,7 +66,7 @@ class Watch:
         self.found = [False] * slots  # are there guesses of what follows the newest step seen?
         self.fared = [FIRST] * slots  # of the newest guesses: how many were right, and how many
         self.credit = LOSS  # plain steps that may still be lost
-        self.missed = 0.0  # tokens a sequence that plain steps have missed, as was expected
+        self.missed = 0.0  # plain steps that verifying would have gained until now
 
     def begin(self, slot: int) -> None:
         """Forgets a slot's sequence for a new one."""
@@ -80,6 +80,9 @@ class Watch:
             tries = min(right + 1, tested)
             kept = KEPT**tries
             self.fared[slot] = kept * before + right, kept * of + tries
+            if self.missed < MISSED:  # a step that verifies gains its right guesses but the cost
+                gain = right or 1 - self.cost
+                self.missed = max(0.0, self.missed + gain / len(self.fared))
         self.found[slot] = found
 
     def spend(self, verified: bool, tokens: float) -> None:
@@ -95,9 +98,6 @@ class Watch:
 
     def pays(self, left: list[int]) -> bool:
         """Shall the next step verify? left has the tokens that each sequence still lacks."""
-        expected = [min(n, self.expected(slot)) for slot, n in enumerate(left) if n]
-        gain = sum(expected) / max(1, len(expected)) - self.cost
-        if self.missed < MISSED:
-            self.missed += max(0, gain)
-            return False
-        return self.credit > 0 and gain > 0
+        running = [(slot, n) for slot, n in enumerate(left) if n]
+        tokens = sum(min(n, self.expected(slot)) for slot, n in running)
+        return self.credit > 0 and self.missed >= MISSED and tokens > self.cost * len(running)
