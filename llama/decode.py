@@ -298,14 +298,16 @@ class Decoder:
     ) -> None:
         """Has the watch take what a step told of the sequences that run. Those that were queued
         before it had their first token of a prefill."""
-        gained = []
+        tokens, guessed = [], []
         for slot in {*range(len(self.left))} - {*self.queue}:
-            self.watch.see(slot, right[slot], self.each - 1 if verified else 1, found[slot] > 0)
+            tested = self.each - 1 if verified else 1
+            outcome = self.watch.see(slot, right[slot], tested, found[slot] > 0)
             if self.left[slot] and slot not in queued:
-                gained.append(counts[slot])
+                tokens.append(counts[slot])
+                guessed.append(outcome)
             self.left[slot] = max(0, self.left[slot] - counts[slot] + 1)
-        if gained:
-            self.watch.spend(verified, sum(gained) / len(gained))
+        if tokens:
+            self.watch.spend(verified, tokens, guessed)
 
     def _capture(self, forward: Callable[[], None]) -> None:
         """Adds a step to the graphs. It runs to compile and warm up; then tokens and lengths are

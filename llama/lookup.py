@@ -11,6 +11,8 @@ It is for our kernels, whose rows have the same bits however many there are. Whe
 computes, on the CPU for one, it changes nothing: there each row would take a step.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,9 @@ KEPT = 0.8  # how much older guesses weigh after each newer one
 # others 0.996 times; with n-grams of 2 2.28 and 0.990, of 4 2.27 and 1.000.
 FIRST = 0.5, 4.0
 LOSS = 0.015  # of the time may be lost by guesses that were wrong
-# What verifying would have gained, in plain steps, before the first step verifies: the capture of
-# its CUDA graph takes about as long.
-MISSED = 8.0
+# Plain steps that verifying would have saved until the first step verifies, and is expected to save
+# from then on: the capture of its CUDA graph takes about as long.
+MISSED = 12.0
 
 
 def rows_each(slots: int) -> int:
@@ -72,22 +74,30 @@ class Watch:
         """Forgets a slot's sequence for a new one."""
         self.found[slot], self.fared[slot] = False, FIRST
 
-    def see(self, slot: int, right: int, tested: int, found: bool) -> None:
+    def see(self, slot: int, right: int, tested: int, found: bool) -> int | None:
         """Takes what a step told of a sequence: how many guesses were right before one was wrong,
-        of so many at most, and whether there are some for the next step."""
-        if self.found[slot]:
-            before, of = self.fared[slot]
-            tries = min(right + 1, tested)
-            kept = KEPT**tries
-            self.fared[slot] = kept * before + right, kept * of + tries
-            if self.missed < MISSED:  # a step that verifies gains its right guesses but the cost
-                gain = right or 1 - self.cost
-                self.missed = max(0.0, self.missed + gain / len(self.fared))
-        self.found[slot] = found
+        of so many at most, and whether there are some for the next step. Returns how many were
+        right, None if there were none."""
+        guessed, self.found[slot] = self.found[slot], found
+        if not guessed:
+            return None
+        before, of = self.fared[slot]
+        tries = min(right + 1, tested)
+        kept = KEPT**tries
+        self.fared[slot] = kept * before + right, kept * of + tries
+        return right
 
-    def spend(self, verified: bool, tokens: float) -> None:
-        """Takes what a step gave, in tokens a sequence."""
-        self.credit += (tokens - self.cost) if verified else LOSS
+    def spend(self, verified: bool, tokens: list[int], right: list[int | None]) -> None:
+        """Takes what a step gave the sequences that run: tokens, and what see() returned."""
+        if verified:
+            self.credit += sum(tokens) / len(tokens) - self.cost
+            self.missed = math.inf
+            return
+        self.credit += LOSS
+        if any(one is not None for one in right):
+            # Steps that verify would have given a right guess for nothing, others at their cost.
+            gain = sum(one or 1 - self.cost for one in right) / len(right)
+            self.missed = max(0.0, self.missed + gain)
 
     def expected(self, slot: int) -> float:
         """Tokens that a step which verifies gives a sequence: the first, and each guess that is
@@ -100,4 +110,7 @@ class Watch:
         """Shall the next step verify? left has the tokens that each sequence still lacks."""
         running = [(slot, n) for slot, n in enumerate(left) if n]
         tokens = sum(min(n, self.expected(slot)) for slot, n in running)
-        return self.credit > 0 and self.missed >= MISSED and tokens > self.cost * len(running)
+        share = 1 - self.cost * len(running) / tokens if running else 0  # of the time, saved
+        if self.missed < math.inf and (self.missed < MISSED or share * max(left) < MISSED):
+            return False
+        return self.credit > 0 and share > 0

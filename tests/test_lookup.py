@@ -209,8 +209,8 @@ def speed(watch, right, found=True):
         verified = watch.pays([10**6])
         tested = watch.each - 1 if verified else 1
         gained = min(n, tested) + 1 if verified else 1
-        watch.see(0, min(n, tested), tested, found)
-        watch.spend(verified, gained)
+        right = watch.see(0, min(n, tested), tested, found)
+        watch.spend(verified, [gained], [right])
         tokens, took = tokens + gained, took + (watch.cost if verified else 1)
     return tokens / took
 
@@ -231,12 +231,24 @@ def test_guesses_that_fail_cost_little(cost):
 def test_a_step_verifies_after_as_much_gain_was_missed_as_its_graph_takes():
     watch = lookup.Watch(1, 8, 1.25)
     for right in [0] + [1, 0, 0, 0, 0] * 99:  # guesses that are seldom right gain nothing
-        watch.see(0, right, 1, True)
+        watch.spend(False, [1], [watch.see(0, right, 1, True)])
         assert not watch.pays([99])
-    for n in range(8):
+    for n in range(12):
         assert not watch.pays([99]), n
-        watch.see(0, 1, 1, True)
-    assert watch.pays([99])
+        watch.spend(False, [1], [watch.see(0, 1, 1, True)])
+    assert watch.pays([99]) and not watch.pays([14]), "too little is left"
+    watch.spend(True, [8], [watch.see(0, 7, 7, True)])
+    assert watch.pays([10])
+
+
+def test_a_sequence_without_guesses_waits_for_the_others():
+    watch = lookup.Watch(3, 8, 1.6)
+    for _ in range(50):
+        watch.spend(False, [1, 1, 1], [1, None, 0])
+    assert watch.missed == 0
+    watch.spend(False, [1, 1, 1], [None] * 3)
+    watch.spend(False, [1, 1, 1], [1, None, 1])
+    assert watch.missed == pytest.approx((2 - 0.6) / 3)
 
 
 @pytest.mark.parametrize("value", [1, "yes", None], ids=str)
@@ -251,6 +263,7 @@ def test_a_watch_knows_each_sequence():
     for _ in range(20):
         for slot in range(4):
             watch.see(slot, 7 * (slot < 3), 7, True)
+    watch.spend(True, [8, 8, 8, 1], [7, 7, 7, 0])
     assert watch.pays([9, 9, 9, 9]) and watch.pays([0, 9, 0, 9]) and not watch.pays([0, 0, 0, 9])
     assert not watch.pays([0, 0, 1, 0]) and not watch.pays([0] * 4)
     watch.begin(1)
