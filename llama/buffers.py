@@ -16,7 +16,9 @@ PACK = 512
 PACK_ALONE = 2048
 MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
-LIST_ROWS = 128  # of a prompt that share a list of columns in `llm_int8`
+# Rows of a prompt that share a list in `llm_int8`, and columns that are listed together.
+LIST_ROWS = 128
+LIST_COLUMNS = 32
 
 
 class PrefillBuffers:
@@ -26,6 +28,7 @@ class PrefillBuffers:
         half = {"dtype": torch.float16, "device": device}
         self.residual = torch.empty(T, args.dim, dtype=torch.float32, device=device)
         self.qkv = torch.empty(T, (args.n_heads + 2 * args.kv_heads) * args.head_dim, **half)
+        self.heads = torch.empty(T, args.dim, **half)
         self.w13 = torch.empty(T, 2 * args.hidden_dim, **half)
         self.dim = quant_buffers(T, args.dim, device)
         self.hidden = quant_buffers(T, args.hidden_dim, device)
@@ -43,15 +46,15 @@ class DecodeBuffers:
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
-    """For `llm_int8.vectorwise_quant` of M rows: A, CA, step and unit of each row, and for each
-    LIST_ROWS rows a flag a column, the columns listed, and how many are, with how many programs
-    are done with them."""
-    blocks = -(-M // LIST_ROWS)
-    A = torch.empty(M, D, dtype=torch.float16, device=device)
-    CA = torch.empty(M, D, dtype=torch.int8, device=device)
-    step, unit = (torch.empty(M, dtype=torch.float32, device=device) for _ in range(2))
-    lists = (blocks, D), (blocks, D), (blocks, 2)
-    return A, CA, step, unit, *(torch.zeros(s, dtype=torch.int32, device=device) for s in lists)
+    """For `llm_int8.vectorwise_quant` of M rows: three digits, the step and the number of digits of
+    each row, and for each LIST_ROWS rows a flag a group of columns, the groups listed, and how many
+    they are, whether they have top digits, and how many programs are done with them."""
+    digits = torch.empty(3, M, D, dtype=torch.int8, device=device)
+    step = torch.empty(M, dtype=torch.float32, device=device)
+    used = torch.empty(M, dtype=torch.int32, device=device)
+    blocks, groups = -(-M // LIST_ROWS), -(-D // LIST_COLUMNS)
+    lists = (blocks, groups), (blocks, groups), (blocks, 3)
+    return digits, step, used, *(torch.zeros(s, dtype=torch.int32, device=device) for s in lists)
 
 
 def attend_buffers(B: int, H: int, Hkv: int, K: int, device: torch.device) -> Pair:

@@ -51,11 +51,11 @@ class FusedEngine:
         tiles = tiles_of(spans, device)
         places = places_of(spans, self.cache.k.shape[2], device)
         buffers = PrefillBuffers(args, len(tokens), device)
-        residual, qkv, w13, heads = buffers.residual, buffers.qkv, buffers.w13, buffers.dim[0]
+        residual, qkv, w13, heads = buffers.residual, buffers.qkv, buffers.w13, buffers.heads
         residual.copy_(self.model.tok_embeddings.weight[tokens])
 
         def multiply(x, weights, out, then, codes, before="nothing", norm=None):
-            mixed_scaled_mm(*vectorwise_quant(x, codes, before, norm), weights, out, then)
+            mixed_scaled_mm(vectorwise_quant(x, codes, before, norm), weights, out, then)
 
         caches, first = zip(self.cache.k, self.cache.v), zip(*first_token(self.model))
         with closing(repeating(zip(self.model.layers, self.layers, caches, first))) as layers:

@@ -42,8 +42,8 @@ ROTATE = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, places: *i32, rotati
 ROTATE |= types("tokens: *i64, bos: i32, first_k: *fp16, first_v: *fp16, S: i32")
 PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
 PREFILL |= types("scale: fp32")
-QUANT = types("x: *fp16, weight: *fp16, eps: fp32, A: *fp16, CA: *i8, step: *fp32, unit: *fp32")
-QUANT |= types("flags: *i32, columns: *i32, counts: *i32, M: i32")
+QUANT = types("x: *fp16, weight: *fp16, eps: fp32, digits: *i8, step: *fp32, used: *i32")
+QUANT |= types("flags: *i32, listed: *i32, counts: *i32, M: i32")
 PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
 GUESS = types("tokens: *i64, lengths: *i64, found: *i1, stride: i32, count: i32")
 SAMPLING = types("logits: *fp32, extremes: *fp32, uniform: *fp32, parent: *i64, total: *i64")
@@ -79,7 +79,7 @@ def cases():
         constants |= {name: getattr(prefill_attention, name) for name in ("ROWS", "BLOCK")}
         options = {"num_warps": 4, "num_stages": prefill_attention.STAGES}
         yield prefill_attention.attend_kernel, PREFILL, constants, options
-    names = ("MOST_UNITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "DIGITS")
+    names = ("TWO_DIGITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "LIST_COLUMNS")
     constants = {name: getattr(llm_int8, name) for name in names}
     constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD}
     for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
@@ -92,7 +92,7 @@ def cases():
         )
     sizes = {"D": 13824, "TILE": 2048, "TILES": 7, "BEFORE": "swiglu"}
     yield llm_int8.vectorwise_quant_kernel, QUANT, constants | sizes, {"num_warps": 16}
-    constants |= {name: getattr(llm_int8, name) for name in ("BLOCK_K", "BLOCK_KEPT", "NEIGHBOURS")}
+    constants |= {name: getattr(llm_int8, name) for name in ("BLOCK_K", "NEIGHBOURS")}
     for M, N, then in ((1, 5120, "add"), (128, 27648, "store"), (1900, 5120, "add")):
         block_m, block_n, stages = llm_int8.tile_of(M, N)
         sizes = {"D": 5120, "BLOCK_M": block_m, "BLOCK_N": block_n, "THEN": then}
