@@ -174,23 +174,35 @@ def find_kernel(
     n, mass_before, count_before = tl.load(level), tl.load(level + 1), tl.load(level + 2)
     r = tl.arange(0, BINS)
     kept = mass_before
-    while width > 1:
+    gathered += b.to(tl.int64) * V
+    first, inside = n * 0, n * 0  # of the gathered: how many are before the bin, and in it
+    while (width > 1) & (inside != 1):
         width = (width + BINS - 1) // BINS
         ends = low + (r + 1) * width
         mass = tl.zeros((BINS,), tl.int64) + mass_before
-        count = tl.zeros((BINS,), tl.int64) + count_before
+        number = tl.zeros((BINS,), tl.int64)
         start = n * 0
         while start < n:
             i = start + tl.arange(0, BLOCK)
-            one = tl.load(gathered + b.to(tl.int64) * V + i, mask=i < n, other=NEVER)
+            one = tl.load(gathered + i, mask=i < n, other=NEVER)
             before = (one[:, None] < ends[None, :]) & (i < n)[:, None]
             mass += tl.sum(tl.where(before, mass_of(one >> ID_BITS)[:, None], 0), 0)
-            if COUNT:
-                count += tl.sum(before.to(tl.int64), 0)
+            number += tl.sum(before.to(tl.int32), 0)
             start += BLOCK
+        count = count_before + number
         answer = bin_of(mass, count, ends >> ID_BITS, below, top_k, last, CUT)
         low += answer * width
         kept = tl.sum(tl.where(r == answer, mass, 0), 0)
+        first = tl.where(answer > 0, tl.sum(tl.where(r == answer - 1, number, 0), 0), first)
+        inside = tl.sum(tl.where(r == answer, number, 0), 0) - first
+    if width > 1:  # a single one is in the bin
+        start, end = n * 0, low + width
+        while start < n:
+            i = start + tl.arange(0, BLOCK)
+            one = tl.load(gathered + i, mask=i < n, other=NEVER)
+            low = tl.maximum(low, tl.max(tl.where(one < end, one, 0), 0))
+            start += BLOCK
+        kept -= tl.where(low >> ID_BITS > last, mass_of(low >> ID_BITS), 0)
     if CUT:
         tl.store(level + 3, kept)
     else:
