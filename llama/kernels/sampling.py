@@ -28,7 +28,7 @@ FARTHEST = tl.constexpr(32.0)  # nats: what is farther below the largest logit h
 WHOLE = tl.constexpr(2.0**42)  # mass of the likeliest token; 2^20 tokens stay below 2^62
 BINS = tl.constexpr(16)
 NEVER = tl.constexpr(2**62)
-BLOCK = 8192  # tokens a program of a pass
+BLOCK = 4096  # tokens a program of a pass
 FOUND_BLOCK = 1024  # tokens that the last program looks at together
 
 
@@ -89,12 +89,17 @@ def bin_of(mass, count, ends, below, top_k, last, CUT: tl.constexpr):
 
 @triton.jit
 def narrowed(level, below, top_k, last, CUT: tl.constexpr):
-    """The first key and the width of that bin, of a level's bins."""
+    """The first key and the width of that bin, of a level's bins, and the mass and the number of
+    the tokens before it."""
     r = tl.arange(0, BINS)
     low, width = tl.load(level), tl.load(level + 1)
-    mass, count = tl.load(level + 2 + r), tl.load(level + 2 + BINS + r)
-    r = bin_of(mass, count, low + (r + 1) * width, below, top_k, last, CUT)
-    return low + r * width, width
+    mass, count = tl.load(level + 4 + r), tl.load(level + 4 + BINS + r)
+    answer = bin_of(mass, count, low + (r + 1) * width, below, top_k, last, CUT)
+    mass, count = tl.where(r == answer - 1, mass, 0), tl.where(r == answer - 1, count, 0)
+    mass_before, count_before = tl.sum(mass, 0), tl.sum(count, 0)
+    if answer == 0:
+        mass_before, count_before = tl.load(level + 2), tl.load(level + 3)
+    return low + answer * width, width, mass_before, count_before
 
 
 @triton.jit(do_not_specialize=["top_k", "last"])
@@ -104,7 +109,8 @@ def measure_kernel(
     P2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program adds the masses of its BLOCK tokens to a level of its row: its first key, the
-    width of a bin, the mass up to the end of each bin, and the number of tokens."""
+    width of a bin, the mass and number of the tokens before them, the mass up to the end of each
+    bin, and the number of tokens."""
     b, part = tl.program_id(0), tl.program_id(1)
     most = largest(extremes, b, P, P2)
     level += b * stride
@@ -114,8 +120,13 @@ def measure_kernel(
         low, width = tl.zeros((), tl.int64), key_of(least, most, warmth).to(tl.int64) // BINS + 1
     else:
         below = goal(total + b * stride, uniform, b, top_p, CUT)
-        low, width = narrowed(parent + b * stride, below, top_k, last, CUT)
+        low, width, mass_before, count_before = narrowed(
+            parent + b * stride, below, top_k, last, CUT
+        )
         width = (width + BINS - 1) // BINS
+        if part == 0:
+            tl.store(level + 2, mass_before)
+            tl.store(level + 3, count_before)
     if part == 0:
         tl.store(level, low)
         tl.store(level + 1, width)
@@ -125,35 +136,29 @@ def measure_kernel(
     mass = mass_of(key)
     for r in tl.static_range(BINS):
         before = key < (low + (r + 1) * width).to(tl.int32)
-        tl.atomic_add(level + 2 + r, tl.sum(tl.where(before, mass, 0), 0), sem="relaxed")
+        tl.atomic_add(level + 4 + r, tl.sum(tl.where(before, mass, 0), 0), sem="relaxed")
         if COUNT:
             count = tl.sum(before.to(tl.int32), 0).to(tl.int64)
-            tl.atomic_add(level + 2 + BINS + r, count, sem="relaxed")
+            tl.atomic_add(level + 4 + BINS + r, count, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["top_k", "last"])
 def gather_kernel(
     logits, extremes, uniform, parent, total, level, gathered, stride, V, warmth, top_p, top_k,
-    last, CUT: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr, P2: tl.constexpr,
-    BLOCK: tl.constexpr, ID_BITS: tl.constexpr,
+    last, CUT: tl.constexpr, P: tl.constexpr, P2: tl.constexpr, BLOCK: tl.constexpr,
+    ID_BITS: tl.constexpr,
 ):  # fmt: skip
     """Each program gathers those of its BLOCK tokens that are in the bin, in any order, as key and
-    id in one number; it adds their number, and mass and number of those before the bin, to level.
-    """
+    id in one number, and adds their number to level."""
     b, part = tl.program_id(0), tl.program_id(1)
     below = goal(total + b * stride, uniform, b, top_p, CUT)
-    low, width = narrowed(parent + b * stride, below, top_k, last, CUT)
+    low, width, _, _ = narrowed(parent + b * stride, below, top_k, last, CUT)
     token = part * BLOCK + tl.arange(0, BLOCK)
     row = b.to(tl.int64) * V
     x = tl.load(logits + row + token, mask=token < V, other=0)
     key = tl.where(token < V, key_of(x, largest(extremes, b, P, P2), warmth), 2**30)
-    before = key < low.to(tl.int32)
-    level += b * stride
-    tl.atomic_add(level + 1, tl.sum(tl.where(before, mass_of(key), 0), 0), sem="relaxed")
-    if COUNT:
-        tl.atomic_add(level + 2, tl.sum(before.to(tl.int32), 0).to(tl.int64), sem="relaxed")
     within = ((key >= low.to(tl.int32)) & (key < (low + width).to(tl.int32))).to(tl.int32)
-    first = tl.atomic_add(level, tl.sum(within, 0).to(tl.int64), sem="relaxed")
+    first = tl.atomic_add(level + b * stride, tl.sum(within, 0).to(tl.int64), sem="relaxed")
     place = gathered + row + first + tl.cumsum(within, 0) - 1
     tl.store(place, (key.to(tl.int64) << ID_BITS) | token, mask=within == 1)
 
@@ -161,17 +166,17 @@ def gather_kernel(
 @triton.jit(do_not_specialize=["top_k", "last"])
 def find_kernel(
     extremes, uniform, parent, total, level, gathered, tokens, stride, V, top_p, top_k, last,
-    CUT: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr, P2: tl.constexpr,
-    BLOCK: tl.constexpr, ID_BITS: tl.constexpr,
+    CUT: tl.constexpr, P: tl.constexpr, P2: tl.constexpr, BLOCK: tl.constexpr,
+    ID_BITS: tl.constexpr,
 ):  # fmt: skip
     """Each program finds the answer of its row among the gathered: the last token kept, up to which
-    the mass is stored at level + 3, or the token drawn."""
+    the mass is stored at level + 1, or the token drawn."""
     b = tl.program_id(0)
     below = goal(total + b * stride, uniform, b, top_p, CUT)
-    low, width = narrowed(parent + b * stride, below, top_k, last, CUT)
+    low, width, mass_before, count_before = narrowed(parent + b * stride, below, top_k, last, CUT)
     low, width = low << ID_BITS, width << ID_BITS
     level += b * stride
-    n, mass_before, count_before = tl.load(level), tl.load(level + 1), tl.load(level + 2)
+    n = tl.load(level)
     r = tl.arange(0, BINS)
     kept = mass_before
     gathered += b.to(tl.int64) * V
@@ -204,7 +209,7 @@ def find_kernel(
             start += BLOCK
         kept -= tl.where(low >> ID_BITS > last, mass_of(low >> ID_BITS), 0)
     if CUT:
-        tl.store(level + 3, kept)
+        tl.store(level + 1, kept)
     else:
         finite = largest(extremes, b, P, P2) < float("inf")
         token = low & ((1 << ID_BITS) - 1)
@@ -219,7 +224,7 @@ def draw(logits: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
     P = triton.cdiv(V, BLOCK)
     new = {"device": logits.device, "dtype": torch.int64}
     # Levels of a row: of all tokens, then for the cut and for the draw one level and the gathered.
-    size = 2 + 2 * BINS.value
+    size = 4 + 2 * BINS.value
     levels = torch.zeros(B, 5, size, **new)
     gathered, tokens = torch.empty(B, V, **new), torch.empty(B, **new)
     extremes = torch.empty(B, P, 2, device=logits.device)
@@ -231,20 +236,20 @@ def draw(logits: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
     ids = {"ID_BITS": V.bit_length()}
     extremes_kernel[(B, P)](logits, extremes, V, P, BLOCK, num_warps=8)
     top, stride = levels[:, 0], 5 * size
-    total = top[:, 1 + BINS.value]
+    total = top[:, 3 + BINS.value]
     state = logits, extremes, uniform
     some = bool(settings.top_k)
     args = top, total, top, stride, V, warmth, *cuts
     measure_kernel[(B, P)](*state, *args, FIRST=True, CUT=False, COUNT=some, **parts)
     for cut in (True, False) if settings.top_p < 1 or some or settings.min_p else (False,):
-        how = {"CUT": cut, "COUNT": cut and some}
         level, rest = levels[:, 1 if cut else 3], levels[:, 2 if cut else 4]
         args = top, total, level, stride, V, warmth, *cuts
-        measure_kernel[(B, P)](*state, *args, FIRST=False, **how, **parts)
+        counted = cut and some
+        measure_kernel[(B, P)](*state, *args, FIRST=False, CUT=cut, COUNT=counted, **parts)
         args = level, total, rest, gathered, stride, V, warmth, *cuts
-        gather_kernel[(B, P)](*state, *args, **how, **parts, **ids)
+        gather_kernel[(B, P)](*state, *args, CUT=cut, **parts, **ids)
         args = level, total, rest, gathered, tokens, stride, V, *cuts
         one = parts | {"BLOCK": FOUND_BLOCK, "num_warps": 16}
-        find_kernel[(B,)](extremes, uniform, *args, **how, **one, **ids)
-        total = rest[:, 3]  # the mass of those kept
+        find_kernel[(B,)](extremes, uniform, *args, CUT=cut, **one, **ids)
+        total = rest[:, 1]  # the mass of those kept
     return tokens
