@@ -38,7 +38,7 @@ def args_of(size: str, **limits: int) -> ModelArgs:
 
 
 def main(
-    size: str = "13B",
+    size: str | None = None,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     max_batch_size: int = 1,
@@ -47,15 +47,20 @@ def main(
     """Estimates the GPU memory of a model.
 
     Args:
-        size: 7B, 13B, 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama), 2-70B (Llama 2), or 1B,
-            3B, 8B or 70B (Llama 3)
+        size: 7B, 13B (if none is given), 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama), 2-70B
+            (Llama 2), or 1B, 3B, 8B or 70B (Llama 3)
         ckpt_dir: a model folder instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         max_batch_size: sequences at once
         max_seq_len: their length in tokens, prompt and continuation
     """
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    if None not in (size, ckpt_dir):
+        raise ValueError(
+            "--size and --ckpt_dir are two models, expected one: leave one of them out"
+        )
     if ckpt_dir is None:
+        size = "13B" if size is None else size
         args = args_of(size, **limits)
     else:
         args, _ = read_model(model_folder(ckpt_dir), tokenizer_path, **limits)
