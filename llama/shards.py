@@ -20,8 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.tokenizer import read_bytes
-
 # What is found in place of a shard, by its first bytes, and what to do.
 NOT_SHARDS = {
     b"<": "a web page, not a checkpoint: download it again",
@@ -299,6 +297,18 @@ GLOBALS = {
     "torch._utils _rebuild_tensor_v2": view,
     "torch._utils _rebuild_parameter": parameter,
 }
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The first bytes of a file, `most` of them at most; OSError names the file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise type(error)(
+            f"{path} could not be read ({error.strerror or error}): look after its disk and "
+            "permissions, and run again"
+        ) from None
 
 
 def some_of(names: list[str]) -> str:
