@@ -35,8 +35,8 @@ from llama.int8 import Int8Linear, allocate, check_finite, check_saved, quantize
 from llama.model import ModelArgs, Transformer, rotation_table
 from llama.params import INT8_FORMAT, read_params
 from llama.room import GIB, anonymous_bytes, check_room, readable, weight_bytes
-from llama.shards import Buffer, StoredTensor, one_line, open_shards, some_of
-from llama.tokenizer import Tokenizer, read_bytes
+from llama.shards import Buffer, StoredTensor, one_line, open_shards, read_bytes, some_of
+from llama.tokenizer import Tokenizer
 
 # Values that a thread quantizes at once, and threads. 13B on 16 cores: 4.0 to 4.4 s; 2^23: 5.5,
 # 2^21: 5.5, 2^20: 10.5, since threads wait for Python between calls of torch; 16 threads: 4.1 to

@@ -266,15 +266,12 @@ class LLaMA:
         # The whole list decides these, so that what is skipped changes no number.
         requests = [request for request in requests if request.limit]
         length = max(len(request.prompt_ids) + request.limit for request in requests)
-        with self._turn():
-            slots = 1
-            if chat_decoder is None:
-                slots = room.slots_that_fit(self.model, len(requests), length, settings.lookup)
         shared = common_beginning([request.prompt_ids for request in requests])
         running: dict[int, Request] = {}  # by slot
         decoder = chat_decoder
         try:
-            decoder = chat_decoder or self.decoder(slots, length, settings, logprobs)
+            decoder = chat_decoder or self.decoder(len(requests), length, settings, logprobs)
+            slots = len(decoder.slots)
             if shared:
                 with self._turn():
                     decoder.share(shared)
@@ -305,13 +302,14 @@ class LLaMA:
                 decoder.close()
 
     def decoder(
-        self, slots: int, length: int, settings: Settings, logprobs: bool = False
+        self, sequences: int, length: int, settings: Settings, logprobs: bool = False
     ) -> Decoder:
-        """A decoder for sequences of at most `length` tokens; MemoryError unless its cache fits."""
+        """A decoder for sequences of at most `length` tokens, as many at once as fit; MemoryError
+        if none does."""
         pick = partial(next_token, settings=settings)
         try:
             with self._turn():
-                room.check_cache(self.model, slots, length)
+                slots = room.slots_that_fit(self.model, sequences, length, settings.lookup)
                 return Decoder(
                     self.model, self.engine, slots, length, pick, logprobs, settings.lookup
                 )

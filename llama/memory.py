@@ -9,17 +9,18 @@ from llama.model import ModelArgs, Transformer
 from llama.params import model_args, model_folder, read_model
 from llama.room import GIB, free_bytes, need
 
-GROUPED = {"dim": 8192, "n_heads": 64, "n_kv_heads": 8, "norm_eps": 1e-5}
-OF_70B = {"n_layers": 80, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
-LLAMA_3 = GROUPED | {"vocab_size": 128256, "rope_theta": 5e5, "use_scaled_rope": True}
+GROUPED_QUERY = {"n_kv_heads": 8, "norm_eps": 1e-5}
+OF_70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 4096}
+OF_70B |= {"ffn_dim_multiplier": 1.3}
+LLAMA_3 = GROUPED_QUERY | {"vocab_size": 128256, "rope_theta": 5e5, "use_scaled_rope": True}
 SIZES = {  # what params.json of the models has besides norm_eps 1e-6 and a vocabulary of 32,000
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
     "30B": {"dim": 6656, "n_layers": 60, "n_heads": 52},
-    "34B": GROUPED | {"n_layers": 48, "rope_theta": 1e6},
+    "34B": GROUPED_QUERY | {"dim": 8192, "n_layers": 48, "n_heads": 64, "rope_theta": 1e6},
     "65B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "norm_eps": 1e-5},
     "70B": LLAMA_3 | OF_70B,
-    "2-70B": GROUPED | OF_70B,
+    "2-70B": GROUPED_QUERY | OF_70B,
     "1B": LLAMA_3 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5},
     "3B": LLAMA_3 | {"dim": 3072, "n_layers": 28, "n_heads": 24},
     "8B": LLAMA_3
@@ -38,7 +39,7 @@ def args_of(size: str, **limits: int) -> ModelArgs:
 
 
 def main(
-    size: str = "13B",
+    size: str | None = None,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     max_batch_size: int = 1,
@@ -47,15 +48,20 @@ def main(
     """Estimates the GPU memory of a model.
 
     Args:
-        size: 7B, 13B, 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama), 2-70B (Llama 2), or 1B,
-            3B, 8B or 70B (Llama 3)
+        size: 7B, 13B (if none is given), 30B or 65B (LLaMA; Llama 2 alike), 34B (Code Llama), 2-70B
+            (Llama 2), or 1B, 3B, 8B or 70B (Llama 3)
         ckpt_dir: a model folder instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         max_batch_size: sequences at once
         max_seq_len: their length in tokens, prompt and continuation
     """
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    if None not in (size, ckpt_dir):
+        raise ValueError(
+            "--size and --ckpt_dir are two models, expected one: leave one of them out"
+        )
     if ckpt_dir is None:
+        size = "13B" if size is None else size
         args = args_of(size, **limits)
     else:
         args, _ = read_model(model_folder(ckpt_dir), tokenizer_path, **limits)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llama.model import ModelArgs
 from llama.settings import check_fields
-from llama.shards import one_line, some_of
-from llama.tokenizer import Tokenizer, read_bytes
+from llama.shards import one_line, read_bytes, some_of
+from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 INT8_FORMAT = 1  # of the folders that checkpoint.save_int8 writes, in their params.json

@@ -109,8 +109,7 @@ def check_room(model: Transformer, device: torch.device, dtype: torch.dtype) -> 
 
 def slots_that_fit(model: Transformer, sequences: int, length: int, lookup: bool) -> int:
     """How many sequences of this length a loaded model continues at once: all up to max_batch_size,
-    or, with a warning, as many as fit; 1 if none does, which `check_cache` refuses unless keys and
-    values alone fit."""
+    or, with a warning, as many as fit; MemoryError if none does."""
     weight, wanted = model.tok_embeddings.weight, min(sequences, model.args.max_batch_size)
     free = free_bytes(weight.device)
 
@@ -121,13 +120,14 @@ def slots_that_fit(model: Transformer, sequences: int, length: int, lookup: bool
     if taken(wanted) <= free:
         return wanted
     fit = bisect_right(range(1, wanted), free, key=taken)
-    if fit:
-        warnings.warn(
-            f"{wanted} sequences of {length} tokens need {taken(wanted) / GIB:.1f} GiB, "
-            f"{weight.device} has {free / GIB:.1f} GiB free: {fit} at a time are continued",
-            stacklevel=2,
-        )
-    return max(fit, 1)
+    if not fit:
+        raise too_big(model, 1, length)
+    warnings.warn(
+        f"{wanted} sequences of {length} tokens need {taken(wanted) / GIB:.1f} GiB, "
+        f"{weight.device} has {free / GIB:.1f} GiB free: {fit} at a time are continued",
+        stacklevel=2,
+    )
+    return fit
 
 
 def check_cache(model: Transformer, sequences: int, length: int) -> None:

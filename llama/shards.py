@@ -20,13 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.tokenizer import read_bytes
-
-# What is found in place of a shard, by its first bytes.
+# What is found in place of a shard, by its first bytes, and what to do.
 NOT_SHARDS = {
-    b"<": "a web page",
-    b"version https://git-lfs": "a git-lfs pointer",
-    b"\x80": "in torch's format before 1.6",
+    b"<": "a web page, not a checkpoint: download it again",
+    b"version https://git-lfs": "a git-lfs pointer, not a checkpoint: download it again",
+    b"\x80": "in torch's format before 1.6, not a later one: load it with torch, save it again",
 }
 LARGEST_LIST = 2**20  # bytes; the list of 65B's tensors takes 2**17
 LARGEST_DIRECTORY = 2**22  # bytes; that of 65B in one file takes 2**17
@@ -133,9 +131,9 @@ def open_shard(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: replace it by the shard, download.sh fetches it")
     start = read_bytes(path, 64)
-    for begin, kind in NOT_SHARDS.items():
+    for begin, found in NOT_SHARDS.items():
         if start.startswith(begin):
-            raise ValueError(f"{path} is {kind}, not a checkpoint: download it again")
+            raise ValueError(f"{path} is {found}")
     try:
         with CappedReader(io.FileIO(path)) as file:
             records = records_of(file)
@@ -299,6 +297,18 @@ GLOBALS = {
     "torch._utils _rebuild_tensor_v2": view,
     "torch._utils _rebuild_parameter": parameter,
 }
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The first bytes of a file, `most` of them at most; OSError names the file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise type(error)(
+            f"{path} could not be read ({error.strerror or error}): look after its disk and "
+            "permissions, and run again"
+        ) from None
 
 
 def some_of(names: list[str]) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from llama.shards import read_bytes
+
 LARGEST = 2**23  # bytes read of a file: Meta's have 2**19 and 2**21
 RANKS = rb"^(?:[A-Za-z0-9+/]+=* \d+\r?\n){2}"  # two lines of Llama 3's file
 SPECIAL_TOKENS = 256  # whose ids follow those of the byte pairs, most of them reserved
@@ -196,15 +198,3 @@ def encode_all(
 def check_text(text: str, called: str) -> None:
     if re.search(r"[\ud800-\udfff]", text):
         raise ValueError(f"{called} holds half a character (a lone surrogate): fix it")
-
-
-def read_bytes(path: Path, most: int) -> bytes:
-    """The first bytes of a file, `most` of them at most; OSError names the file."""
-    try:
-        with path.open("rb") as file:
-            return file.read(most)
-    except OSError as error:
-        raise type(error)(
-            f"{path} could not be read ({error.strerror or error}): look after its disk and "
-            "permissions, and run again"
-        ) from None

@@ -411,17 +411,20 @@ def test_fewer_slots_where_memory_is_short(demo, monkeypatch):
 
 
 def test_messages_about_memory_say_how_much(demo, monkeypatch):
+    """A sequence whose work does not fit beside its cache is refused before a decoder is made."""
     GIB, need = generation.room.GIB, generation.room.Need
-    monkeypatch.setattr(generation.room, "need", lambda _, slots, *__: need(0, slots * GIB, 0))
-    monkeypatch.setattr(generation.room, "cache_bytes", lambda *_: 3 * GIB // 2)
-    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 9 * GIB // 4)
-    with pytest.warns(UserWarning, match="^3 sequences .* need 3.0 GiB, cpu has 2.2 GiB free: 2 "):
+    half = GIB // 2
+    monkeypatch.setattr(generation.room, "need", lambda _, n, *__: need(0, n * GIB, half))
+    monkeypatch.setattr(generation.room, "cache_bytes", lambda *_: GIB)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 5 * half)
+    with pytest.warns(UserWarning, match="^3 sequences .* need 3.5 GiB, cpu has 2.5 GiB free: 2 "):
         demo.generate(PROMPTS, 1)
-    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * GIB // 2)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * half)
     demo.generate(PROMPTS[:1], 1)
-    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * GIB // 2 - 1)
+    monkeypatch.setattr(generation.room, "free_bytes", lambda device: 3 * half - 1)
+    monkeypatch.setattr(generation, "Decoder", None)
     with pytest.raises(
-        MemoryError, match="^1 x .* need 1.5 GiB .* has 1.5 GiB free: lower .*--max_gen"
+        MemoryError, match="^1 x .* need 1.0 GiB .* has 1.5 GiB free: lower .*--max_gen"
     ):
         demo.generate(PROMPTS[:1], 1)
 

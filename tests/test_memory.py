@@ -57,6 +57,10 @@ def test_of_a_folder(make_folder, run_command):
     assert "tiny, 1 sequence of 2048 tokens" in out
     status, out, err = run_command(memory.main, folder)
     assert (status, out) == (1, "") and "write --size=13B or --ckpt_dir=FOLDER, see" in err
+    status, out, err = run_command(memory.main, "--size=7B", f"--ckpt_dir={folder}")
+    assert (status, out) == (1, "") and err == (
+        "error: --size and --ckpt_dir are two models, expected one: leave one of them out\n"
+    )
 
 
 def test_a_size_that_is_none():

@@ -67,6 +67,15 @@ def test_it_reads_what_torch_loads(kind, tmp_path):
     assert_equal(read(tmp_path / "x.pth"), torch.load(tmp_path / "x.pth", weights_only=True))
 
 
+def test_the_format_before_1_6_can_be_saved_again(tmp_path):
+    path, tensors = tmp_path / "x.pth", GOOD["types"]()
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="before 1.6, .*: load it with torch, save it again$"):
+        open_shard(path)
+    torch.save(torch.load(path), path)
+    assert_equal(read(path), tensors)
+
+
 def test_rows_are_those_of_the_tensor(tmp_path):
     x = numbers(10, 6)
     torch.save({"x": x, "turned": numbers(6, 10).T}, tmp_path / "x.pth")
