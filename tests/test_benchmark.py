@@ -111,7 +111,7 @@ def test_lookup(run, monkeypatch, plain_engine_verifies):
         monkeypatch.setattr(benchmark_lookup, name, value)
     gained, spend = [], lookup.Watch.spend
     plain_engine_verifies(cost=1.2)
-    monkeypatch.setattr(lookup.Watch, "spend", lambda *of: gained.append(of[2]) or spend(*of))
+    monkeypatch.setattr(lookup.Watch, "spend", lambda *of: gained.extend(of[2]) or spend(*of))
     status, out, err = run("--size=7B", "--lookup", "--batches=1,2")
     assert status == 0
     for case in ("copy", "prose"):
