@@ -26,8 +26,8 @@ from llama.settings import Settings
 STEPS = tl.constexpr(2.0**24)  # of a key in a nat
 FARTHEST = tl.constexpr(32.0)  # nats: what is farther below the largest logit has no mass
 WHOLE = tl.constexpr(2.0**42)  # mass of the likeliest token; 2^20 tokens stay below 2^62
-# Bins of a pass: of 32 rows and 128,256 tokens a draw takes 146 us, with 16 167, with 4 321; of 1 row
-# 61, 55 and 101 (H100, 2026-11-27).
+# Bins of a pass: for 32 rows and 128,256 tokens a draw takes 146 us, with 16 bins 167, with 4 321;
+# for 1 row 61, 55 and 101 (H100, 2026-11-27).
 BINS = tl.constexpr(8)
 NEVER = tl.constexpr(2**62)
 BLOCK = 4096  # tokens a program of a pass
