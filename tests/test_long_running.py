@@ -19,7 +19,7 @@ import fire
 import pytest
 import soak
 import torch
-from conftest import DEVICES, ROOT
+from conftest import DEVICES
 
 from llama import LLaMA, generation
 from llama.device import use_cores
@@ -103,7 +103,7 @@ def killed_job(folder, prompts, kills):
     (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [sys.executable, "-m", "llama", "--prompt_file=p.jsonl", "--device=cpu", "--seed=1"]
     command += ["--max_gen_len=6", "--max_batch_size=8"]
-    options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}}
     options |= {"stderr": subprocess.DEVNULL}
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
     subprocess.run([*command, "--resume=whole"], check=True, **options)
