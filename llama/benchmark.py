@@ -29,7 +29,7 @@ from llama.cli import run
 from llama.decode import Decoder, in_passes, make_engine
 from llama.generation import LLaMA
 from llama.int8 import Int8Linear, allocate
-from llama.memory import args_of
+from llama.memory import args_of, size_beside
 from llama.model import Transformer, rotation_table
 from llama.params import DEMO
 from llama.room import GIB, cache_bytes, check_cache, check_room, weight_bytes
@@ -187,7 +187,7 @@ def first_token_seconds(*model: str | int | None) -> dict[str, float]:
 
 
 def main(
-    size: str = "13B",
+    size: str | None = None,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     batches: list[int] = BATCHES,
@@ -200,7 +200,7 @@ def main(
     """Times start, prefill and decoding on CUDA, or lists of prompts, or prompt lookup.
 
     Args:
-        size: one of llama.memory, with random weights
+        size: one of llama.memory (13B if none is given), with random weights
         ckpt_dir: a model folder in Meta's format instead
         tokenizer_path: its tokenizer.model (looked for in the folder and beside it)
         batches: sequences decoded at once, as 1,8,32
@@ -214,6 +214,7 @@ def main(
         raise ValueError("the benchmark needs a CUDA GPU, torch sees none")
     if lists and lookup:
         raise ValueError("--lists and --lookup are two benchmarks: leave one of them out")
+    size = size_beside(ckpt_dir, size)
     if ckpt_dir is None:
         args_of(size)  # its error before anything long
     engines = engines.split(",")

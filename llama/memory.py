@@ -38,6 +38,15 @@ def args_of(size: str, **limits: int) -> ModelArgs:
     return model_args(params, params["vocab_size"], **limits)
 
 
+def size_beside(ckpt_dir: str | None, size: str | None) -> str:
+    """13B if neither is given; ValueError if both are."""
+    if None not in (size, ckpt_dir):
+        raise ValueError(
+            "--size and --ckpt_dir are two models, expected one: leave one of them out"
+        )
+    return "13B" if size is None else size
+
+
 def main(
     size: str | None = None,
     ckpt_dir: str | None = None,
@@ -56,12 +65,8 @@ def main(
         max_seq_len: their length in tokens, prompt and continuation
     """
     limits = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    if None not in (size, ckpt_dir):
-        raise ValueError(
-            "--size and --ckpt_dir are two models, expected one: leave one of them out"
-        )
+    size = size_beside(ckpt_dir, size)
     if ckpt_dir is None:
-        size = "13B" if size is None else size
         args = args_of(size, **limits)
     else:
         args, _ = read_model(model_folder(ckpt_dir), tokenizer_path, **limits)

@@ -137,6 +137,7 @@ def test_it_needs_a_gpu(run, monkeypatch):
     "arguments, message",
     [
         (["--size=5B"], "size is '5B', expected one of 7B, 13B, 30B, 34B, 65B, 70B"),
+        (["--size=7B", "--ckpt_dir=."], "--size and --ckpt_dir are two models, expected one: "),
         (["--engines=fp8"], "engines has 'fp8', expected some of int8, int8_bnb, fp16"),
         (["--lengths=4,0"], "lengths is 0, expected a whole number, from 1 to 131040"),
         (["--batches=x"], "batches is 'x', expected a whole number"),
