@@ -598,6 +598,15 @@ def test_draw(V, cuts, request):
     assert check_draws(drawn, logits, uniform, settings) >= 2
 
 
+def test_a_total_that_float64_rounds_up():
+    """Above 2^53: 2,099 tokens of one logit, and one whose mass makes the total odd."""
+    logits = torch.zeros(1, 2100, device=DEVICE)
+    logits[0, -1] = -15.1
+    settings = Settings(temperature=1, top_p=1, min_p=1e-8)
+    uniform = torch.full((1,), 0.5, device=DEVICE)
+    assert sampling.draw(logits, uniform, settings) == draw(logits.double(), uniform, settings)
+
+
 def test_draws_can_differ():
     """A uniform number that is off by 1e-4 is seen in a flat row of 32,000 tokens."""
     logits, uniform = random(4, 32_000) / 10, torch.rand(4, device=DEVICE) * 0.99

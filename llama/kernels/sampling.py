@@ -69,14 +69,15 @@ def mass_of(key):
 @triton.jit
 def goal(total, uniform, b, top_p, CUT: tl.constexpr):
     """The answer is the first token up to which, itself included, the mass is greater than this."""
+    total = tl.load(total)
     if CUT:  # the nucleus: that mass is top_p of the whole, or more
-        share = tl.load(total).to(tl.float64) * top_p
+        share = total.to(tl.float64) * top_p
         below = share.to(tl.int64)
         below -= (below.to(tl.float64) == share).to(tl.int64)
     else:
-        share = tl.load(total).to(tl.float64) * tl.load(uniform + b)
+        share = total.to(tl.float64) * tl.load(uniform + b)
         below = share.to(tl.int64)
-    return below
+    return tl.minimum(below, total - 1)  # float64 may round a total above 2^53 up
 
 
 @triton.jit
