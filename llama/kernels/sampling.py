@@ -77,7 +77,8 @@ def goal(total, uniform, b, top_p, CUT: tl.constexpr):
     else:
         share = total.to(tl.float64) * tl.load(uniform + b)
         below = share.to(tl.int64)
-    return tl.minimum(below, total - 1)  # float64 may round a total above 2^53 up
+    # There is a token up to which the mass is greater: float64 may round a total above 2^53 up.
+    return tl.maximum(tl.minimum(below, total - 1), 0)
 
 
 @triton.jit
