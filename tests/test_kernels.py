@@ -307,13 +307,17 @@ def check_llm_int8(M, D, N, before, outliers, then):
     A = llm_int8.vectorwise_quant(x, quant_buffers(M, D, x.device), before, norm)
     values, steps = llm_int8.vectorwise_quant_torch(x, None, before, norm)
     _, step, used, flags, listed, counts = A
-    # Sums have another order, which shows where a value is next to another float16.
-    assert torch.allclose(step, steps, rtol=2**-10)
+    # A quotient that is nearly half may fall to either side. What comes before has sums in another
+    # order, too, which shows where a value is next to another float16.
+    near, few = {"nothing": (2**-20, 1e-3), "rms_norm": (2**-10, 5e-3), "swiglu": (2**-10, 2e-2)}[
+        before
+    ]
+    assert torch.allclose(step, steps, rtol=near)
     ours = whole(A)
     off = (ours - values).abs()
-    assert (off <= 1 + values.abs() * 2**-9).all()
+    assert (off <= 1 + values.abs() * 2 * near).all()
     small = values.abs() <= 127
-    assert off[small].gt(0).sum() <= max(1, (2e-2 if before == "swiglu" else 5e-3) * off.numel())
+    assert off[small].gt(0).sum() <= max(1, few * off.numel())
     magnitude = ours.abs() * step[:, None]
     for own, (n, *_), rounded, by in zip(
         listed, counts.tolist(), magnitude.split(LIST_ROWS), step.split(LIST_ROWS)
@@ -355,12 +359,14 @@ def test_llm_int8_at_real_sizes(M, D, N, then, outliers):
 
 
 def test_llm_int8_twins_can_differ():
-    """One step off is outside the bound."""
+    """One step off is outside the bound, of what is small and of what is kept."""
     (ours, step), weights, out, theirs, bound = check_llm_int8(5, 300, 90, "nothing", 3, "store")
     assert ((out - theirs).abs() <= bound).all()
-    ours[3, 7] += 1
-    llm_int8.mixed_scaled_mm_torch((ours, step), weights, theirs, "store")
-    assert ((out - theirs).abs() > bound)[3].any()
+    for column in (ours[3].abs().argmax(), ours[3].abs().argmin()):
+        ours[3, column] += 1
+        llm_int8.mixed_scaled_mm_torch((ours, step), weights, theirs, "store")
+        assert ((out - theirs).abs() > bound)[3].any()
+        ours[3, column] -= 1
 
 
 def product(x, weights, order=slice(None), before="nothing", norm=None, spoil=lambda A: None):
