@@ -56,7 +56,7 @@ def cases():
     words = LINEAR | {"digits": "*i32", "CB": "*i32"}
     for D, then in ((5120, "swiglu"), (13824, "add"), (5120, "rotate")):
         constants = {"D": D, "GROUP": few_rows.GROUP, "THEN": then, "HKV": 40, "K": 128}
-        constants |= {"OUTPUTS": few_rows.OUTPUTS, "DP4A": True}
+        constants |= {"DP4A": True}
         yield few_rows.one_row_kernel, words, constants, {"num_warps": few_rows.WARPS}
         for B in (8, 32):
             block_n, stages = few_rows.tile_of(B, then)
@@ -64,7 +64,7 @@ def cases():
             sizes = {"BLOCK_B": B, "BLOCK_N": block_n}
             yield few_rows.few_rows_kernel, LINEAR, constants | sizes, options
     constants = {name: getattr(few_rows, name) for name in ("TILE", "GROUP", "DIGITS")}
-    constants |= {"D": 5120, "TILES": 5, "NORM": True}
+    constants |= {"D": 5120, "TILES": 5120 // few_rows.TILE, "NORM": True}
     yield few_rows.split_kernel, SPLIT, constants, {"num_warps": 4}
     names = ("BLOCK", "LEAST", "MAX_SPLITS", "DIGITS")
     constants = {name: getattr(attention, name) for name in names}

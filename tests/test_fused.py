@@ -26,7 +26,6 @@ SMALL = {"dim": 64 if DEVICE == "cuda" else 32, "n_heads": 2, "multiple_of": 16}
 def large_tiles(monkeypatch):
     """In the interpreter: fewer programs. `test_kernels` has those of a GPU."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(few_rows, "OUTPUTS", 32)
         monkeypatch.setattr(few_rows, "tile_of", lambda *_: (64, 1))
 
 
