@@ -59,7 +59,7 @@ def cases():
         constants |= {"DP4A": True}
         yield few_rows.one_row_kernel, words, constants, {"num_warps": few_rows.WARPS}
         for B in (8, 32):
-            block_n, stages = few_rows.tile_of(B, then)
+            block_n, stages = few_rows.tile_of(B)
             options = {"num_warps": few_rows.WARPS, "num_stages": stages}
             sizes = {"BLOCK_B": B, "BLOCK_N": block_n}
             yield few_rows.few_rows_kernel, LINEAR, constants | sizes, options

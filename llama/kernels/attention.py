@@ -73,9 +73,9 @@ def attend_kernel(
     splits = (blocks + steps - 1) // steps
     d, h = tl.arange(0, K), tl.arange(0, HEADS)
     there = h < GROUP
-    if PDL:
-        gdc_wait()
     if first < splits:
+        if PDL:
+            gdc_wait()
         digits, scales = digits + 2 * b * H * K, scales + b * H
         own = queries + (b * H + kv * GROUP + h)[:, None] * K + d[None, :]
         q = tl.load(own, there[:, None], 0)

@@ -272,58 +272,73 @@ def group_products(w, x, scale):
 
 
 @triton.jit
+def weight_rows(first, SIZE: tl.constexpr, N, THEN: tl.constexpr):
+    """The rows of weights (SIZE,) of the products from `first` on; rows of a gate and of the up that
+    it multiplies take turns."""
+    n = first + tl.arange(0, SIZE)
+    if THEN == "swiglu":
+        n = tl.minimum(n, 2 * N - 1)
+        return n // 2 + n % 2 * N
+    else:
+        return tl.minimum(n, N - 1)
+
+
+@triton.jit
 def few_rows_kernel(
     digits, scales, CB, SCB, out, k_cache, v_cache, positions, angles, S, EACH, B, N,
     D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
     HKV: tl.constexpr, K: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes BLOCK_N outputs of all rows; each warp takes a quarter of the columns,
-    if there are four."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b, pairs, quarter = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B), tl.arange(0, 4)
+    """Each program multiplies BLOCK_N rows of weights by all rows of digits; each warp takes a
+    quarter of the columns, if there are four. Scales are loaded ahead, which Triton does only for
+    the operands of a dot: a step of 13B with 8 rows took 5.91 ms, now 5.72 (H100, 2026-11-28)."""
+    OUTPUTS: tl.constexpr = BLOCK_N // 2 if THEN == "swiglu" else BLOCK_N
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
-    if PDL:
-        gdc_launch_dependents()
-    g = quarter * QUARTER
-    columns = (g[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[:, None, :]
-    weights = CB + tl.minimum(n, N - 1)[None, :, None].to(tl.int64) * D + columns
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    b, pairs, quarter = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B), tl.arange(0, 4)
+    first = tl.program_id(0) * BLOCK_N
+    row = weight_rows(first, BLOCK_N, N, THEN)
+    columns = quarter[:, None] * (QUARTER * GROUP) + tl.arange(0, GROUP)[None, :]
+    columns = columns[:, None, :]
+    weights = CB + row[None, :, None].to(tl.int64) * D + columns
     x = digits + pairs[None, :, None] * D + columns
-    known, there = (pairs < 2 * B)[None, :, None], n < N
+    known, there = (pairs < 2 * B)[None, :, None], (n < N)[:, None] & (b < B)[None, :]
     y = tl.zeros((4, BLOCK_N, BLOCK_B), tl.float32)
-    up = tl.zeros_like(y)
     if THEN == "rotate":
         position = tl.load(positions + b, b < B, 0)
         cos, sin = turn(angles, n, BLOCK_N, b, b < B, K)
     if PDL:
         if D % 16 == 0 and D - 3 * QUARTER * GROUP >= 256:
-            i = tl.arange(0, 4 * BLOCK_N)
-            row = tl.minimum(tl.program_id(0) * BLOCK_N + i // 4, N - 1)
-            prefetch(CB + row.to(tl.int64) * D + i % 4 * (QUARTER * GROUP))
+            starts = tl.arange(0, 4)[None, :] * (QUARTER * GROUP)
+            prefetch(CB + row[:, None].to(tl.int64) * D + starts)
         gdc_wait()
+        gdc_launch_dependents()  # before the wait: 16 and 32 rows 1 % of a step slower
+    unit = tl.load(SCB + row)[:, None] / 127
+    target = out + b[None, :] * N + n[:, None]
+    if THEN == "add":
+        before = tl.load(target, there, 0)
+    g = b[None, :] * GROUPS + quarter[:, None] * QUARTER
+    end = tl.where(b < B, (b + 1) * GROUPS, 0)[None, :]
+    scale = tl.load(scales + g, g < end, 0)
     for i in range(0, QUARTER):
         at = i * GROUP
         inside = (columns + at < D) | (4 * QUARTER * GROUP == D)
         some = tl.load(x + at, known & inside, 0)
-        known_scale = (b < B)[None, :] & (g + i < GROUPS)[:, None]
-        scale = tl.load(scales + b[None, :] * GROUPS + (g + i)[:, None], known_scale, 0)
+        next_scale = tl.load(scales + g + i + 1, g + i + 1 < end, 0)
         y += group_products(tl.load(weights + at, inside, 0), some, scale)
-        if THEN == "swiglu":
-            up_tile = tl.load(weights + tl.cast(N, tl.int64) * D + at, inside, 0)
-            up += group_products(up_tile, some, scale)
+        scale = next_scale
 
-    y = sum_of_quarters(y) * (tl.load(SCB + n, there, 0) / 127)[:, None]
-    if THEN == "swiglu":
-        up = sum_of_quarters(up) * (tl.load(SCB + N + n, there, 0) / 127)[:, None]
-        y = y * tl.sigmoid(y) * up
+    y = sum_of_quarters(y) * unit
     if THEN == "rotate":
         place = (b // EACH * S + position) * HKV * K
         store_rotated(y, n, b, place, cos, sin, out, k_cache, v_cache, N, b < B, HKV, K)
         return
-    there = there[:, None] & (b < B)[None, :]
-    target = out + b[None, :] * N + n[:, None]
+    if THEN == "swiglu":
+        gate, up = tl.split(tl.permute(tl.reshape(y, (OUTPUTS, 2, BLOCK_B)), (0, 2, 1)))
+        y = gate * tl.sigmoid(gate) * up
     if THEN == "add":
-        y += tl.load(target, mask=there, other=0)
+        y += before
     tl.store(target, y, mask=there)
 
 
@@ -370,16 +385,16 @@ def linear(x: Pair, weights: Pair, out: Tensor, then: str, heads: Heads | None =
             *words, *target, N, D, group, Hkv, K, then, out.is_cuda, **options
         )
         return
-    block_n, stages = tile_of(B, then)
-    few_rows_kernel[(triton.cdiv(N, block_n),)](
+    block_n, stages = tile_of(B)
+    few_rows_kernel[(triton.cdiv(len(CB), block_n),)](
         digits, scales, CB, SCB, *target, S, B // slots, B, N, D, group,
         max(8, triton.next_power_of_2(B)), block_n, Hkv, K, then, **options, num_stages=stages,
     )  # fmt: skip
 
 
-def tile_of(B: int, then: str) -> tuple[int, int]:
-    """Outputs a program, and stages of its loads. With 8, 16 and 32 rows a step of 13B took 5.92,
-    6.60 and 8.05 ms after 128 tokens; with 32 outputs 6.08 for 8 rows, with 16 6.90 for 16 rows,
-    with 32 in "swiglu" 8.23 for 32 rows (H100, 2026-11-27). The stages must
-    fit in 99 KiB of shared memory."""
-    return 16 if B <= 8 or then == "swiglu" else 32, 3 if B > 16 else 4
+def tile_of(B: int) -> tuple[int, int]:
+    """Rows of weights a program, and stages of its loads. With 8, 16 and 32 rows a step of 13B took
+    5.72, 6.32 and 7.85 ms after 128 tokens, with 3 stages 5.89 for 8 and 6.73 for 16 rows, with 16
+    in "swiglu" 6.53 for 16 and 8.49 for 32 (H100, 2026-11-28). The stages must fit in 99 KiB of
+    shared memory."""
+    return 16 if B <= 8 else 32, 3 if B > 16 else 4
