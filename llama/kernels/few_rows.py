@@ -176,8 +176,8 @@ def one_row_kernel(
 ):  # fmt: skip
     """Each program computes two outputs. It requests all of their weights before the wait, in tiles
     (4, words) that fit the threads: a quarter a warp, a word of each group a thread. From tiles of
-    two outputs Triton moved words between threads, and so waited for the weights before the wait: a
-    step of 13B took 5.21 ms, now 5.05 (H100, 2026-11-28). digits and CB are words of four."""
+    two outputs, Triton moved words between threads, and so waited for the weights before the wait:
+    a step of 13B took 5.21 ms, now 5.05 (H100, 2026-11-28). digits and CB are words of four."""
     END: tl.constexpr = D // 4
     STEP: tl.constexpr = GROUP // 4
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
@@ -273,8 +273,8 @@ def group_products(w, x, scale):
 
 @triton.jit
 def weight_rows(first, SIZE: tl.constexpr, N, THEN: tl.constexpr):
-    """The rows of weights (SIZE,) of the products from `first` on; rows of a gate and of the up that
-    it multiplies take turns."""
+    """The rows of weights (SIZE,) of the products from `first` on; rows of gates and ups take
+    turns."""
     n = first + tl.arange(0, SIZE)
     if THEN == "swiglu":
         n = tl.minimum(n, 2 * N - 1)
