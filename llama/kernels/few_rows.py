@@ -174,10 +174,11 @@ def one_row_kernel(
     D: tl.constexpr, GROUP: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr,
     THEN: tl.constexpr, DP4A: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes two outputs. It requests all of their weights before the wait, in tiles
-    (4, words) that fit the threads: a quarter a warp, a word of each group a thread. From tiles of
-    two outputs, Triton moved words between threads, and so waited for the weights before the wait:
-    a step of 13B took 5.21 ms, now 5.05 (H100, 2026-11-28). digits and CB are words of four."""
+    """Each program computes two outputs and requests all their weights before the wait. A tile (4,
+    words) has a quarter of the columns for each warp and a word for each thread, as they are
+    multiplied. With both outputs in one tile, Triton converted its layout, which waited for the
+    weights before gdc_wait: a step of 13B took 5.21 ms, now 5.05 (H100, 2026-11-28). digits and CB
+    are words of four."""
     END: tl.constexpr = D // 4
     STEP: tl.constexpr = GROUP // 4
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
@@ -273,8 +274,8 @@ def group_products(w, x, scale):
 
 @triton.jit
 def weight_rows(first, SIZE: tl.constexpr, N, THEN: tl.constexpr):
-    """The rows of weights (SIZE,) of the products from `first` on; rows of gates and ups take
-    turns."""
+    """The rows of weights (SIZE,) of the products from `first` on: in "swiglu", those of w1 and w3
+    alternate."""
     n = first + tl.arange(0, SIZE)
     if THEN == "swiglu":
         n = tl.minimum(n, 2 * N - 1)
@@ -290,8 +291,9 @@ def few_rows_kernel(
     HKV: tl.constexpr, K: tl.constexpr, THEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program multiplies BLOCK_N rows of weights by all rows of digits; each warp takes a
-    quarter of the columns, if there are four. Scales are loaded ahead, which Triton does only for
-    the operands of a dot: a step of 13B with 8 rows took 5.91 ms, now 5.72 (H100, 2026-11-28)."""
+    quarter of the columns, if there are four. Triton loads ahead only the operands of a dot, so the
+    scales are loaded a group ahead here: a step of 13B with 8 rows took 5.91 ms, with all that is
+    loaded early 5.80 (H100, 2026-11-28)."""
     OUTPUTS: tl.constexpr = BLOCK_N // 2 if THEN == "swiglu" else BLOCK_N
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
