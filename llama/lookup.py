@@ -11,8 +11,6 @@ It is for our kernels, whose rows have the same bits however many there are. Whe
 computes, on the CPU for one, it changes nothing: there each row would take a step.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -68,6 +66,7 @@ class Watch:
         self.found = [False] * slots  # are there guesses of what follows the newest step seen?
         self.fared = [FIRST] * slots  # of the newest guesses: how many were right, and how many
         self.credit = LOSS  # plain steps that may still be lost
+        self.captured = False  # is there a CUDA graph of a step that verifies?
         self.missed = 0.0  # plain steps that verifying would have gained until now
 
     def begin(self, slot: int) -> None:
@@ -91,7 +90,7 @@ class Watch:
         """Takes what a step gave the sequences that run: tokens, and what see() returned."""
         if verified:
             self.credit += sum(tokens) / len(tokens) - self.cost
-            self.missed = math.inf
+            self.captured = True
             return
         self.credit += LOSS
         if any(one is not None for one in right):
@@ -111,6 +110,6 @@ class Watch:
         running = [(slot, n) for slot, n in enumerate(left) if n]
         tokens = sum(min(n, self.expected(slot)) for slot, n in running)
         share = 1 - self.cost * len(running) / tokens if running else 0  # of the time, saved
-        if self.missed < math.inf and (self.missed < MISSED or share * max(left) < MISSED):
+        if not self.captured and (self.missed < MISSED or share * max(left) < MISSED):
             return False
         return self.credit > 0 and share > 0
