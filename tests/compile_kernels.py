@@ -56,7 +56,7 @@ def cases():
     words = LINEAR | {"digits": "*i32", "CB": "*i32"}
     for D, then in ((5120, "swiglu"), (13824, "add"), (5120, "rotate")):
         constants = {"D": D, "GROUP": few_rows.GROUP, "THEN": then, "HKV": 40, "K": 128}
-        constants |= {"DP4A": True}
+        constants["DP4A"] = True
         yield few_rows.one_row_kernel, words, constants, {"num_warps": few_rows.WARPS}
         for B in (8, 32):
             block_n, stages = few_rows.tile_of(B)

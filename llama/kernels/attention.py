@@ -73,7 +73,7 @@ def attend_kernel(
     splits = (blocks + steps - 1) // steps
     d, h = tl.arange(0, K), tl.arange(0, HEADS)
     there = h < GROUP
-    if first < splits:
+    if first < splits:  # the others leave without waiting, which makes room for the next kernel
         if PDL:
             gdc_wait()
         digits, scales = digits + 2 * b * H * K, scales + b * H

@@ -17,7 +17,7 @@ from llama import model
 from llama.buffers import MOST_ROWS, Pair
 from llama.kernels.launch import dependent
 
-TILE = 512  # columns that a program of split() takes
+TILE = 512  # columns that a program of split() takes; with 1,024 a step of 13B took 0.5 % longer
 GROUP = 128  # columns that share a scale, or those of an attention head
 DIGITS = 32512  # the largest value of two digits: 256 x 127
 WARPS = 4
@@ -177,8 +177,8 @@ def one_row_kernel(
     """Each program computes two outputs and requests all their weights before the wait. A tile (4,
     words) has a quarter of the columns for each warp and a word for each thread, as they are
     multiplied. With both outputs in one tile, Triton converted its layout, which waited for the
-    weights before gdc_wait: a step of 13B took 5.21 ms, now 5.05 (H100, 2026-11-28). digits and CB
-    are words of four."""
+    weights before gdc_wait: a step of 13B took 5.21 ms instead of 5.10 (H100, 2026-11-27). digits
+    and CB are words of four."""
     END: tl.constexpr = D // 4
     STEP: tl.constexpr = GROUP // 4
     GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
@@ -197,35 +197,34 @@ def one_row_kernel(
         up_0 = requested(row_0 + to_up, words, STEP, QUARTER, END)
         up_1 = requested(row_1 + to_up, words, STEP, QUARTER, END)
         up = tl.zeros((4, 2), tl.float32)
-        up_scale = tl.load(SCB + N + n, there, 0)[:, None] / 127
-    scale = tl.load(SCB + n, there, 0)[:, None] / 127
-    b = tl.arange(0, 1)
+        up_unit = tl.load(SCB + N + n, there, 0)[:, None] / 127
+    unit = tl.load(SCB + n, there, 0)[:, None] / 127
     if THEN == "rotate":
+        b = tl.arange(0, 1)
         position = tl.load(positions + b)
         cos, sin = turn(angles, n, 2, b, b == 0, K)
     if PDL:
         gdc_wait()
-    highs, lows, steps = (), (), ()
+    x = ()
     for i in tl.static_range(QUARTER):
         word, g = words + i * STEP, quarter * QUARTER + i
         inside = (word < END) | (4 * QUARTER * STEP == END)
-        highs += (tl.load(digits + word, inside, 0),)
-        lows += (tl.load(digits + END + word, inside, 0),)
-        steps += (tl.load(scales + g, g < GROUPS, 0),)
+        high = tl.load(digits + word, inside, 0)
+        low = tl.load(digits + END + word, inside, 0)
+        x += ((high, low, tl.load(scales + g, g < GROUPS, 0)),)
     y = tl.zeros((4, 2), tl.float32)
     for i in tl.static_range(QUARTER):
-        x = highs[i], lows[i], steps[i]
-        y += tl.join(group_product(w_0[i], *x, DP4A), group_product(w_1[i], *x, DP4A))
+        y += tl.join(group_product(w_0[i], *x[i], DP4A), group_product(w_1[i], *x[i], DP4A))
         if THEN == "swiglu":
-            up += tl.join(group_product(up_0[i], *x, DP4A), group_product(up_1[i], *x, DP4A))
+            up += tl.join(group_product(up_0[i], *x[i], DP4A), group_product(up_1[i], *x[i], DP4A))
     if PDL:
         gdc_launch_dependents()  # right after the requests: 0.5 % of a step slower
     if THEN == "swiglu":
         y, up = tl.split(sum_of_quarters(tl.join(y, up)))
-        y, up = y[:, None] * scale, up[:, None] * up_scale
+        y, up = y[:, None] * unit, up[:, None] * up_unit
         y = y * tl.sigmoid(y) * up
     else:
-        y = sum_of_quarters(y[:, :, None]) * scale
+        y = sum_of_quarters(y[:, :, None]) * unit
     if THEN == "rotate":
         place = position * HKV * K
         store_rotated(y, n, b, place, cos, sin, out, k_cache, v_cache, N, b == 0, HKV, K)
@@ -273,18 +272,6 @@ def group_products(w, x, scale):
 
 
 @triton.jit
-def weight_rows(first, SIZE: tl.constexpr, N, THEN: tl.constexpr):
-    """The rows of weights (SIZE,) of the products from `first` on: in "swiglu", those of w1 and w3
-    alternate."""
-    n = first + tl.arange(0, SIZE)
-    if THEN == "swiglu":
-        n = tl.minimum(n, 2 * N - 1)
-        return n // 2 + n % 2 * N
-    else:
-        return tl.minimum(n, N - 1)
-
-
-@triton.jit
 def few_rows_kernel(
     digits, scales, CB, SCB, out, k_cache, v_cache, positions, angles, S, EACH, B, N,
     D: tl.constexpr, GROUP: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -299,10 +286,13 @@ def few_rows_kernel(
     QUARTER: tl.constexpr = (GROUPS + 3) // 4
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     b, pairs, quarter = tl.arange(0, BLOCK_B), tl.arange(0, 2 * BLOCK_B), tl.arange(0, 4)
-    first = tl.program_id(0) * BLOCK_N
-    row = weight_rows(first, BLOCK_N, N, THEN)
-    columns = quarter[:, None] * (QUARTER * GROUP) + tl.arange(0, GROUP)[None, :]
-    columns = columns[:, None, :]
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if THEN == "swiglu":  # rows of w1 and w3 alternate
+        row = tl.minimum(row, 2 * N - 1)
+        row = row // 2 + row % 2 * N
+    else:
+        row = tl.minimum(row, N - 1)
+    columns = (quarter[:, None] * (QUARTER * GROUP) + tl.arange(0, GROUP)[None, :])[:, None, :]
     weights = CB + row[None, :, None].to(tl.int64) * D + columns
     x = digits + pairs[None, :, None] * D + columns
     known, there = (pairs < 2 * B)[None, :, None], (n < N)[:, None] & (b < B)[None, :]
@@ -312,8 +302,7 @@ def few_rows_kernel(
         cos, sin = turn(angles, n, BLOCK_N, b, b < B, K)
     if PDL:
         if D % 16 == 0 and D - 3 * QUARTER * GROUP >= 256:
-            starts = tl.arange(0, 4)[None, :] * (QUARTER * GROUP)
-            prefetch(CB + row[:, None].to(tl.int64) * D + starts)
+            prefetch(CB + row[:, None].to(tl.int64) * D + quarter[None, :] * (QUARTER * GROUP))
         gdc_wait()
         gdc_launch_dependents()  # before the wait: 16 and 32 rows 1 % of a step slower
     unit = tl.load(SCB + row)[:, None] / 127

@@ -1,8 +1,8 @@
 """How kernels are launched.
 
 A decode step is a chain of short kernels in one CUDA graph, and the overhead is the start of each.
-From compute capability 9.0 on they are launched as programmatic dependents: each lets the next one
-start at once, requests its own weights, and only then waits for the kernel before it.
+From compute capability 9.0 on they are launched as programmatic dependents: each requests its own
+weights, waits for the kernel before it, and lets the next one start before it ends itself.
 
 A prompt's length varies, so no graph fits. Triton examines every argument of every launch, which
 takes 20 us on a slow host; for layers that repeat, examining those of the first is enough.
