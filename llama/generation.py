@@ -273,11 +273,11 @@ class LLaMA:
             decoder = chat_decoder or self.decoder(len(requests), length, settings, logprobs)
             slots = len(decoder.slots)
             if shared:
-                with self._turn():
+                with forgetting(), self._turn():
                     decoder.share(shared)
             while waiting or running:
                 free = [slot for slot in range(slots) if slot not in running]
-                with self._turn():
+                with forgetting(), self._turn():
                     for slot in free[: len(waiting)]:
                         request = running[slot] = waiting.popleft()
                         request.begin()
@@ -308,7 +308,7 @@ class LLaMA:
         if none does."""
         pick = partial(next_token, settings=settings)
         try:
-            with self._turn():
+            with forgetting(), self._turn():
                 slots = room.slots_that_fit(self.model, sequences, length, settings.lookup)
                 return Decoder(
                     self.model, self.engine, slots, length, pick, logprobs, settings.lookup
@@ -338,11 +338,11 @@ class LLaMA:
             return
         engine = passes = None
         try:
-            with self._turn():
+            with forgetting(), self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
                 passes = in_passes(engine, ids, PACK)
             while True:
-                with self._turn():
+                with forgetting(), self._turn():
                     if (features := next(passes, None)) is None:
                         return
                     logits = engine.head(features)
@@ -364,7 +364,7 @@ class LLaMA:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One thread's turn at the model."""
-        with self._lock, forgetting(), at_work(self.device, self._cores):
+        with self._lock, at_work(self.device, self._cores):
             yield
 
 

@@ -1,7 +1,9 @@
 """Does it talk, and is each row what it would be alone?"""
 
+import contextlib
 import dataclasses
 import inspect
+import itertools
 import sys
 import traceback
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from llama import LLaMA, Settings, decode, generation
+from llama import LLaMA, Settings, decode, device, generation
 from llama.decode import Decoder
 
 PROMPTS = [
@@ -168,18 +170,32 @@ def test_loading_writes_nothing_to_stdout(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_ctrl_c_as_work_begins_leaves_torch_as_it_was(demo, monkeypatch):
-    """Though the error is kept, as a notebook keeps it."""
-    enter = torch.inference_mode.__enter__
+def test_ctrl_c_between_two_turns_leaves_torch_as_it_was(demo):
+    """Python looks for signals where a function begins and where one written in C has returned: at
+    each of these moments around a turn, though the error is kept, as a notebook keeps it."""
+    files = contextlib.__file__, device.__file__, generation.__file__
+    seen = []
 
-    def interrupted(mode):
-        enter(mode)
-        raise KeyboardInterrupt
+    def interrupt(frame, event, _):
+        code = frame.f_code
+        if event in ("call", "c_return") and code.co_filename in files:
+            seen.append((event, code.co_name))
+            if len(seen) == moment:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.inference_mode, "__enter__", interrupted)
-    with pytest.raises(KeyboardInterrupt) as kept:
-        demo.generate(["A"], 2)
-    assert kept and not torch.is_inference_mode_enabled()
+    for moment in itertools.count(1):
+        seen.clear()
+        sys.setprofile(interrupt)
+        try:
+            demo.generate(["A"], 2)
+            break
+        except KeyboardInterrupt as kept:
+            sys.setprofile(None)
+            assert not torch.is_inference_mode_enabled() and not demo._lock.locked(), seen[-1]
+            assert kept
+        finally:
+            sys.setprofile(None)
+    assert moment > 100
 
 
 def test_logprobs_come_where_they_are_wanted(demo):
