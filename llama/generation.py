@@ -363,7 +363,10 @@ class LLaMA:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One thread's turn at the model."""
+        """One thread's turn at the model.
+
+        `forgetting` stands around it, not inside: after Ctrl-C between its steps, the kept
+        traceback would hold this generator, the lock and inference mode; cleared, it ends."""
         with self._lock, at_work(self.device, self._cores):
             yield
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import inspect
-import itertools
 import sys
 import traceback
 
@@ -174,28 +173,28 @@ def test_ctrl_c_between_two_turns_leaves_torch_as_it_was(demo):
     """Python looks for signals where a function begins and where one written in C has returned: at
     each of these moments around a turn, though the error is kept, as a notebook keeps it."""
     files = contextlib.__file__, device.__file__, generation.__file__
-    seen = []
+    moments = 0
+    while True:
+        seen = []
+        moments += 1
 
-    def interrupt(frame, event, _):
-        code = frame.f_code
-        if event in ("call", "c_return") and code.co_filename in files:
-            seen.append((event, code.co_name))
-            if len(seen) == moment:
-                raise KeyboardInterrupt
+        def interrupt(frame, event, _, seen=seen, moment=moments):
+            if event in ("call", "c_return") and frame.f_code.co_filename in files:
+                seen.append((event, frame.f_code.co_name))
+                if len(seen) == moment:
+                    raise KeyboardInterrupt
 
-    for moment in itertools.count(1):
-        seen.clear()
         sys.setprofile(interrupt)
         try:
             demo.generate(["A"], 2)
             break
         except KeyboardInterrupt as kept:
             sys.setprofile(None)
+            assert kept.__traceback__
             assert not torch.is_inference_mode_enabled() and not demo._lock.locked(), seen[-1]
-            assert kept
         finally:
             sys.setprofile(None)
-    assert moment > 100
+    assert moments > 100
 
 
 def test_logprobs_come_where_they_are_wanted(demo):
