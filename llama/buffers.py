@@ -3,6 +3,8 @@
 `room` counts it on the meta device, without Triton: so the constants that fix a size are here.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
 # Rows of a prompt that share a list in `llm_int8`, and columns that are listed together.
 LIST_ROWS = 128
-LIST_COLUMNS = 32
+LIST_COLUMNS = 16
 
 
 class PrefillBuffers:
@@ -28,10 +30,20 @@ class PrefillBuffers:
         half = {"dtype": torch.float16, "device": device}
         self.residual = torch.empty(T, args.dim, dtype=torch.float32, device=device)
         self.qkv = torch.empty(T, (args.n_heads + 2 * args.kv_heads) * args.head_dim, **half)
-        self.heads = torch.empty(T, args.dim, **half)
+        self.heads = torch.zeros(T, args.dim, **half)  # rows of no token stay small
         self.w13 = torch.empty(T, 2 * args.hidden_dim, **half)
         self.dim = quant_buffers(T, args.dim, device)
         self.hidden = quant_buffers(T, args.hidden_dim, device)
+        self.dim_lists = quant_lists(T, args.dim, 3 * args.n_layers, device)
+        self.hidden_lists = quant_lists(T, args.hidden_dim, args.n_layers, device)
+
+    def first(self, T: int) -> "PrefillBuffers":
+        """The same memory for a pass of fewer tokens."""
+        part = copy.copy(self)
+        part.residual, part.qkv = self.residual[:T], self.qkv[:T]
+        part.heads, part.w13 = self.heads[:T], self.w13[:T]
+        part.dim, part.hidden = (tuple(x[:T] for x in pair) for pair in (self.dim, self.hidden))
+        return part
 
 
 class DecodeBuffers:
@@ -47,14 +59,19 @@ class DecodeBuffers:
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
     """For `llm_int8.vectorwise_quant` of M rows: three digits, the step and the number of digits of
-    each row, and for each LIST_ROWS rows a flag a group of columns, the groups listed, and how many
-    they are, whether they have top digits, and how many programs are done with them."""
-    digits = torch.empty(3, M, D, dtype=torch.int8, device=device)
+    each row."""
+    digits = torch.empty(M, 3, D, dtype=torch.int8, device=device)
     step = torch.empty(M, dtype=torch.float32, device=device)
     used = torch.empty(M, dtype=torch.int32, device=device)
-    blocks, groups = -(-M // LIST_ROWS), -(-D // LIST_COLUMNS)
-    lists = (blocks, groups), (blocks, groups), (blocks, 3)
-    return digits, step, used, *(torch.zeros(s, dtype=torch.int32, device=device) for s in lists)
+    return digits, step, used
+
+
+def quant_lists(M: int, D: int, calls: int, device: torch.device) -> Tensor:
+    """For each of so many calls with M rows, and each LIST_ROWS of them: how many groups of columns
+    are listed, whether they have top digits, a flag a group, and the groups. A call is given
+    zeros, and begins at a multiple of 16 bytes."""
+    width = -(-(2 + 2 * -(-D // LIST_COLUMNS)) // 4) * 4
+    return torch.zeros(calls, -(-M // LIST_ROWS), width, dtype=torch.int32, device=device)
 
 
 def attend_buffers(B: int, H: int, Hkv: int, K: int, device: torch.device) -> Pair:

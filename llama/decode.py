@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llama.buffers import PACK, PACK_ALONE
 from llama.int8 import Int8Linear
+from llama.kernels.launch import captured
 from llama.lookup import Watch, guess, rows_each
 from llama.model import KVCache, Span, Transformer
 from llama.sampling import log_probabilities
@@ -310,25 +311,12 @@ class Decoder:
             self.watch.spend(verified, tokens, guessed)
 
     def _capture(self, forward: Callable[[], None]) -> None:
-        """Adds a step to the graphs. It runs to compile and warm up; then tokens and lengths are
-        put back, and the rest is overwritten when the step runs. Other threads may use the GPU
-        meanwhile."""
+        """Adds a step to the graphs; it runs, so tokens and lengths are put back, and the rest is
+        overwritten when the graph does."""
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            try:
-                graph.capture_begin(capture_error_mode="thread_local")
-                forward()
-            finally:  # after Ctrl-C, too: a stream left capturing would refuse all other work
-                if torch.cuda.is_current_stream_capturing():
-                    graph.capture_end()
-        self.graphs[self.verified] = graph
+        forward()
+        self.graphs[self.verified], _ = captured(forward)
         if len(self.graphs) == 2:
             self.watch.cost = milliseconds(self.graphs[True]) / milliseconds(self.graphs[False])
         for tensor, value in zip(state, before):

@@ -8,17 +8,20 @@ for the host: a CUDA graph can hold a step.
 """
 
 from contextlib import closing
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llama.buffers import DecodeBuffers, Pair, PrefillBuffers
+from llama.buffers import PACK, PACK_ALONE, DecodeBuffers, Pair, PrefillBuffers
 from llama.int8 import join
 from llama.kernels.attention import attend as attend_one
 from llama.kernels.few_rows import linear, split
-from llama.kernels.launch import repeating
+from llama.kernels.launch import captured, repeating
 from llama.kernels.llm_int8 import mixed_scaled_mm, vectorwise_quant
+from llama.kernels.prefill_attention import ROWS as TILE_ROWS
 from llama.kernels.prefill_attention import attend, tiles_of
 from llama.kernels.rotary import places_of, rotate
 from llama.model import KVCache, RMSNorm, Span, Transformer
@@ -41,33 +44,61 @@ class FusedEngine:
         self.model, self.cache = model, cache
         self.layers = [[join(group) for group in layer.linears()] for layer in model.layers]
         self.output = join([model.output])
-        self.buffers = DecodeBuffers(model.args, cache.k.shape[1] * each, cache.k.device)
+        slots, S = cache.k.shape[1:3]
+        rows, device = tiles_for(min(PACK_ALONE, slots * S)) * TILE_ROWS, cache.k.device
+        self.pass_buffers = PrefillBuffers(model.args, rows, device)
+        self.step_buffers = DecodeBuffers(model.args, slots * each, device)
+        # Of passes of up to PACK tokens, by their padded length, from the second of that length on:
+        # what a graph reads, the graph, and what it returns.
+        self.graphs: dict[int, tuple | None] = {}
 
     def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
         """The residual stream (T, D) float32 after all layers, which the head reads, of tokens (T,)
         that are the spans of several sequences, side by side. What comes before a span is in the
         cache; its own keys and values are added."""
-        args, rotation, device = self.model.args, self.model.rotation, tokens.device
-        tiles = tiles_of(spans, device)
-        places = places_of(spans, self.cache.k.shape[2], device)
-        buffers = PrefillBuffers(args, len(tokens), device)
+        slots, S = self.cache.k.shape[1:3]
+        count, tiles = len(tokens), tiles_for(len(tokens))
+        T = tiles * TILE_ROWS
+        inputs = [F.pad(tokens, (0, T - count))]
+        for x in (places_of(spans, S, T), tiles_of(spans, tiles + slots)):
+            inputs.append(x.to(tokens.device, non_blocking=True))
+        layers = partial(self._layers, self.pass_buffers.first(T))
+        if T > PACK or not tokens.is_cuda or T not in self.graphs:
+            self.graphs[T] = None
+            return layers(*inputs)[:count].clone()
+        if not self.graphs[T]:
+            self.graphs[T] = inputs, *captured(partial(layers, *inputs))
+        read, graph, residual = self.graphs[T]
+        for old, new in zip(read, inputs):
+            old.copy_(new)
+        graph.replay()
+        return residual[:count].clone()
+
+    def _layers(
+        self, buffers: PrefillBuffers, tokens: Tensor, places: Tensor, tiles: Tensor
+    ) -> Tensor:
+        """The residual stream after all layers. places and tiles are those of places_of() and
+        tiles_of()."""
+        model, cache, bos = self.model, self.cache, self.model.args.bos_id
         residual, qkv, w13, heads = buffers.residual, buffers.qkv, buffers.w13, buffers.heads
-        residual.copy_(self.model.tok_embeddings.weight[tokens])
+        residual.copy_(model.tok_embeddings.weight[tokens])
 
         def multiply(x, weights, out, then, codes, before="nothing", norm=None):
+            norm = norm and (norm.weight, norm.eps)
             mixed_scaled_mm(vectorwise_quant(x, codes, before, norm), weights, out, then)
 
-        caches, first = zip(self.cache.k, self.cache.v), zip(*first_token(self.model))
-        with closing(repeating(zip(self.model.layers, self.layers, caches, first))) as layers:
-            for layer, (wqkv, wo, w1w3, w2), caches, first in layers:
-                norm = layer.attention_norm.weight, args.norm_eps
-                multiply(residual, wqkv, qkv, "store", buffers.dim, "rms_norm", norm)
-                rotate(qkv, caches, places, rotation, tokens, args.bos_id, first)
+        caches, first = zip(cache.k, cache.v), zip(*first_token(model))
+        lists = buffers.dim_lists.zero_().unflatten(0, (-1, 3)), buffers.hidden_lists.zero_()
+        layers = zip(model.layers, self.layers, caches, first, *lists)
+        with closing(repeating(layers)) as layers:
+            for layer, (wqkv, wo, w1w3, w2), caches, first, lists, hidden_list in layers:
+                a, b, c = ((*buffers.dim, own) for own in lists)
+                multiply(residual, wqkv, qkv, "store", a, "rms_norm", layer.attention_norm)
+                rotate(qkv, caches, places, model.rotation, tokens, bos, first)
                 attend(qkv, caches, tiles, heads)
-                multiply(heads, wo, residual, "add", buffers.dim)
-                norm = layer.ffn_norm.weight, args.norm_eps
-                multiply(residual, w1w3, w13, "store", buffers.dim, "rms_norm", norm)
-                multiply(w13, w2, residual, "add", buffers.hidden, "swiglu")
+                multiply(heads, wo, residual, "add", b)
+                multiply(residual, w1w3, w13, "store", c, "rms_norm", layer.ffn_norm)
+                multiply(w13, w2, residual, "add", (*buffers.hidden, hidden_list), "swiglu")
         return residual
 
     def head(self, features: Tensor) -> Tensor:
@@ -79,7 +110,7 @@ class FusedEngine:
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) float32, always the same memory, that follow tokens (B,) at positions (B,),
         the same number of each sequence, side by side."""
-        model, buffers, rows = self.model, self.buffers, len(tokens)
+        model, buffers, rows = self.model, self.step_buffers, len(tokens)
         residual = model.tok_embeddings.weight[tokens].float()
         q, hidden, logits = buffers.q[:rows], buffers.hidden[:rows], buffers.logits[:rows]
         angles, caches = model.rotation[positions], (self.cache.k, self.cache.v)
@@ -96,6 +127,10 @@ class FusedEngine:
         """Plain steps that a step with `each` rows a sequence takes, before it is measured."""
         slots = self.cache.k.shape[1]
         return GUESSES * (ROWS + each * slots) / (ROWS + slots)
+
+
+def tiles_for(tokens: int) -> int:
+    return -(-tokens // TILE_ROWS)
 
 
 def first_token(model: Transformer) -> Pair:

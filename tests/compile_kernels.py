@@ -43,8 +43,8 @@ ROTATE |= types("tokens: *i64, bos: i32, first_k: *fp16, first_v: *fp16, S: i32"
 PREFILL = types("qkv: *fp16, k_cache: *fp16, v_cache: *fp16, tiles: *i32, out: *fp16, S: i32")
 PREFILL |= types("scale: fp32")
 QUANT = types("x: *fp16, weight: *fp16, eps: fp32, digits: *i8, step: *fp32, used: *i32")
-QUANT |= types("flags: *i32, listed: *i32, counts: *i32, M: i32")
-PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, N: i32")
+QUANT |= types("lists: *i32")
+PRODUCT = QUANT | types("CB: *i8, SCB: *fp32, out: *fp32, M: i32, N: i32")
 GUESS = types("tokens: *i64, lengths: *i64, found: *i1, stride: i32, count: i32")
 SAMPLING = types("logits: *fp32, extremes: *fp32, uniform: *fp32, parent: *i64, total: *i64")
 SAMPLING |= types("level: *i64, gathered: *i64, tokens: *i64, stride: i32, V: i32, warmth: fp32")
@@ -81,7 +81,7 @@ def cases():
         yield prefill_attention.attend_kernel, PREFILL, constants, options
     names = ("TWO_DIGITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "LIST_COLUMNS")
     constants = {name: getattr(llm_int8, name) for name in names}
-    constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD}
+    constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD, "LIST": 644}
     for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
         sizes = {"D": 5120, "TILE": 1024, "TILES": 5, "BEFORE": before}
         yield (

@@ -14,7 +14,13 @@ from conftest import ROOT, python
 
 pytest.importorskip("triton", reason="needs triton")
 from llama import Settings  # noqa: E402
-from llama.buffers import LIST_COLUMNS, LIST_ROWS, attend_buffers, quant_buffers  # noqa: E402
+from llama.buffers import (  # noqa: E402
+    LIST_COLUMNS,
+    LIST_ROWS,
+    attend_buffers,
+    quant_buffers,
+    quant_lists,
+)
 from llama.kernels import (
     attention,
     few_rows,
@@ -289,10 +295,15 @@ def rows(M, D, before, outliers):
 
 def whole(A):
     """The whole numbers (M, D) of rows that vectorwise_quant() returned."""
-    digits, _, used, *_ = A
-    there = torch.arange(3, device=DEVICE)[:, None, None] < used[:, None]
-    low, middle, top = digits.int() * there
+    digits, _, used, _ = A
+    there = torch.arange(3, device=DEVICE)[None, :, None] < used[:, None, None]
+    low, middle, top = (digits.int() * there).unbind(1)
     return 65536 * top + 256 * middle + low
+
+
+def one_call(M, D):
+    """What vectorwise_quant() is given once."""
+    return *quant_buffers(M, D, DEVICE), quant_lists(M, D, 1, DEVICE)[0]
 
 
 def groups_of(large):
@@ -304,9 +315,9 @@ def groups_of(large):
 def check_llm_int8(M, D, N, before, outliers, then):
     (x, weight), (CB, SCB) = rows(M, D, before, outliers), matrix(D, N)
     norm = (weight, 0.1) if before == "rms_norm" else None
-    A = llm_int8.vectorwise_quant(x, quant_buffers(M, D, x.device), before, norm)
+    A = llm_int8.vectorwise_quant(x, one_call(M, D), before, norm)
     values, steps = llm_int8.vectorwise_quant_torch(x, None, before, norm)
-    _, step, used, flags, listed, counts = A
+    _, step, _, lists = A
     # A quotient that is nearly half may fall to either side. What comes before has sums in another
     # order, too, which shows where a value is next to another float16.
     near, few = {"nothing": (2**-20, 1e-3), "rms_norm": (2**-10, 5e-3), "swiglu": (2**-10, 2e-2)}[
@@ -319,10 +330,11 @@ def check_llm_int8(M, D, N, before, outliers, then):
     small = values.abs() <= 127
     assert off[small].gt(0).sum() <= max(1, few * off.numel())
     magnitude = ours.abs() * step[:, None]
-    for own, (n, *_), rounded, by in zip(
-        listed, counts.tolist(), magnitude.split(LIST_ROWS), step.split(LIST_ROWS)
+    groups = -(-D // LIST_COLUMNS)
+    for (n, _, *own), rounded, by in zip(
+        lists.tolist(), magnitude.split(LIST_ROWS), step.split(LIST_ROWS)
     ):
-        own = {*own[:n].tolist()}
+        own = {*own[groups : groups + n]}
         surely, perhaps = (groups_of(rounded >= 6 + off * by[:, None]) for off in (1, -1))
         assert len(own) == n and surely <= own <= perhaps and (n > 0) == bool(outliers)
     small = magnitude < 6 - step[:, None]
@@ -332,7 +344,6 @@ def check_llm_int8(M, D, N, before, outliers, then):
     theirs = out.double()
     start = theirs.clone()
     llm_int8.mixed_scaled_mm(A, (CB, SCB), out, then)
-    assert not flags.any() and not counts.any()  # ready for the next rows
     llm_int8.mixed_scaled_mm_torch((ours, step), (CB, SCB), theirs, then)
     # Whole numbers are exact: three roundings of float32, and that of the sum or of fp16.
     bound = (theirs - (start if then == "add" else 0)).abs() * 4 * 2**-24
@@ -371,12 +382,10 @@ def test_llm_int8_twins_can_differ():
 
 def product(x, weights, order=slice(None), before="nothing", norm=None, spoil=lambda A: None):
     x = x[order].contiguous()
-    room = quant_buffers(len(x), weights[0].shape[1], x.device)
-    for _ in range(2):  # the lists must be ready for the next time
-        out = torch.zeros(len(x), len(weights[0]), device=DEVICE)
-        A = llm_int8.vectorwise_quant(x, room, before, norm)
-        spoil(A)
-        llm_int8.mixed_scaled_mm(A, weights, out, "add")
+    out = torch.zeros(len(x), len(weights[0]), device=DEVICE)
+    A = llm_int8.vectorwise_quant(x, one_call(len(x), weights[0].shape[1]), before, norm)
+    spoil(A)
+    llm_int8.mixed_scaled_mm(A, weights, out, "add")
     return out
 
 
@@ -434,9 +443,7 @@ def test_error_is_at_most_that_of_bitsandbytes(D, N, then):
     from llama.int8 import Int8Linear
 
     (x, weight), (CB, SCB) = rows(256, D, "rms_norm", 6), matrix(D, N)
-    codes = llm_int8.vectorwise_quant(
-        x, quant_buffers(256, D, x.device), "rms_norm", (weight, 1e-5)
-    )
+    codes = llm_int8.vectorwise_quant(x, one_call(256, D), "rms_norm", (weight, 1e-5))
     A = llm_int8.normalized(x, (weight, 1e-5)).half()
     prefill, decode = (torch.zeros(M, N, device=DEVICE) for M in (256, 8))
     llm_int8.mixed_scaled_mm(codes, (CB, SCB), prefill, "add")
@@ -460,20 +467,30 @@ def test_error_is_at_most_that_of_bitsandbytes(D, N, then):
     ],
 )
 def test_rotate(spans, H, Hkv, K):
+    """Tokens without a place are not touched."""
     H = H if CUDA else min(H, 8)
-    T, S = sum(count for *_, count in spans), 309
+    there, S = sum(count for *_, count in spans), 309
+    T = there + 5
     qkv = random(T, (H + 2 * Hkv) * K, dtype=torch.float16)
     caches = [poisoned(4, S, Hkv, K, dtype=torch.float16) for _ in range(2)]
-    twins, twin_qkv = [cache.clone() for cache in caches], qkv.clone()
-    rotation, places = rotation_of(S, K), rotary.places_of(spans, S, qkv.device)
+    twins, twin_qkv, before = [cache.clone() for cache in caches], qkv.clone(), qkv.clone()
+    rotation, places = rotation_of(S, K), rotary.places_of(spans, S, T).to(DEVICE)
     tokens, first = torch.arange(T, device=DEVICE) % 2, [random(Hkv, K).half() for _ in range(2)]
     rotary.rotate(qkv, caches, places, rotation, tokens, 0, first)
     rotary.rotate_torch(twin_qkv, twins, places, rotation, tokens, 0, first)
     for ours, theirs in zip((qkv, *caches), (twin_qkv, *twins)):
         assert torch.allclose(ours, theirs, rtol=2**-10, atol=1e-6, equal_nan=True)
+    assert torch.equal(qkv[there:], before[there:])
     [first, *_] = spans
     where = caches[0][first[0], first[1] : first[1] + first[2]]
-    assert where.isfinite().all() and caches[0].isnan().sum() == caches[0].numel() - T * Hkv * K
+    stored = there * Hkv * K
+    assert where.isfinite().all() and caches[0].isnan().sum() == caches[0].numel() - stored
+
+
+def tiles_of(spans):
+    """As many as there are at most, the last of them empty."""
+    most = sum(1 + count // prefill_attention.ROWS for *_, count in spans)
+    return prefill_attention.tiles_of(spans, most + 1).to(DEVICE)
 
 
 def check_prefill_attention(spans, S, H, Hkv, K):
@@ -484,7 +501,7 @@ def check_prefill_attention(spans, S, H, Hkv, K):
         for cache in caches:
             cache[slot, start + count :] = torch.nan
     ours, theirs = (poisoned(T, H * K, dtype=torch.float16) for _ in range(2))
-    tiles = prefill_attention.tiles_of(spans, qkv.device)
+    tiles = tiles_of(spans)
     prefill_attention.attend(qkv, caches, tiles, ours)
     prefill_attention.attend_torch(qkv, caches, tiles, theirs)
     # The weights of the values are rounded to fp16, by at most 2^-11 each, and so are both results.
@@ -501,8 +518,8 @@ def test_prefill_attention(H, Hkv, K):
     # One key more, or another instead, takes most rows outside the bound.
     off = poisoned(*ours.shape, dtype=torch.float16)
     one = [(2, 1, n), (0, 126, 2), (3, 1, 1), (1, 59, 70)]
-    where = prefill_attention.tiles_of(one, qkv.device)
-    prefill_attention.attend_torch(qkv, [cache.nan_to_num() for cache in caches], where, off)
+    finite = [cache.nan_to_num() for cache in caches]
+    prefill_attention.attend_torch(qkv, finite, tiles_of(one), off)
     assert (off - theirs).abs().amax(1).median() > 2**-10 * caches[1].nan_to_num().abs().max()
 
 
@@ -523,8 +540,7 @@ def test_prefill_attention_has_the_same_bits_however_rows_are_cut(H, Hkv, K):
 
     def attended(spans, rows):
         out = poisoned(len(rows), H * K, dtype=torch.float16)
-        tiles = prefill_attention.tiles_of(spans, qkv.device)
-        prefill_attention.attend(qkv[rows].contiguous(), caches, tiles, out)
+        prefill_attention.attend(qkv[rows].contiguous(), caches, tiles_of(spans), out)
         return out
 
     whole = attended([(1, 5, T)], range(T))

@@ -20,19 +20,21 @@ from llama.int8 import OUTLIER_THRESHOLD
 from llama.kernels.few_rows import Norm, normalized
 from llama.kernels.launch import launch
 
-# A program computes BLOCK_M rows x BLOCK_N outputs, BLOCK_K inputs a step. The linears of a layer
-# of 13B take 319 us for 512 rows and 983 for 1,900 (int8 peak: 164 and 609). TMA descriptors: 312
-# and 961. Queries, keys and values alone: 69 and 221; 128 x 256 tiles, 8 warps 83 and 271; BLOCK_K
-# 64 80 and 259 (H200, 2026-11-27).
-BLOCK_M = 128
-BLOCK_N = 128
-BLOCK_K = 128
+SMS = 132  # of an H200
+# Rows and outputs that a program computes, stages of its loads, such programs an SM, and us that
+# they take with 5,120 columns. Triton waits for each product of int8 before it starts the next (it
+# doesn't for sums in float32), so that several programs share an SM. The linears of a layer of 13B
+# take 310 us for 512 rows and 980 for 1,900 (int8 peak: 164 and 609); TMA descriptors: 2 % less,
+# 128 x 256 tiles: 20 % more (H200, 2026-11-28).
+TILES = (
+    (128, 128, 3, 2, 38),
+    (64, 128, 3, 3, 35),
+    (64, 128, 4, 2, 27),
+    (64, 64, 4, 3, 23),
+    (64, 64, 6, 2, 19),
+)
+BLOCK_K = 128  # columns a step; 64: 15 % slower
 WARPS = 4
-# Rows up to which a program computes 64 of them, and programs below which it computes 64 outputs:
-# for 272 rows those linears take 245 us instead of 279, for 128 rows 138 instead of 154.
-FEW_ROWS = 320
-FEW_PROGRAMS = 132  # the SMs of an H200
-SHARED = 96 * 1024  # bytes for the stages of a program, so that two fit on an SM of 228 KiB
 # Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (same GPU).
 NEIGHBOURS = 16
 # Of the 413 us of those linears for 512 rows, with quantization, 58 are for 6 kept columns, of 495
@@ -59,12 +61,12 @@ def vectorwise_quant_torch(x, buffers, before="nothing", norm=None) -> Pair:
     return (A * (1 / step.clamp(min=1e-30))[:, None]).round(), step
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def vectorwise_quant_kernel(
-    x, weight, eps, digits, step, used, flags, listed, counts, M,
+    x, weight, eps, digits, step, used, lists,
     D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BEFORE: tl.constexpr,
     THRESHOLD: tl.constexpr, TWO_DIGITS: tl.constexpr, MOST_STEPS: tl.constexpr,
-    ROUND: tl.constexpr, LIST_ROWS: tl.constexpr, LIST_COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr, LIST_ROWS: tl.constexpr, LIST_COLUMNS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     """Each program quantizes one row, which it holds in registers."""
     m = tl.program_id(0)
@@ -107,8 +109,7 @@ def vectorwise_quant_kernel(
     places = 1 + (kept > 0).to(tl.int32) + (kept * inverse > TWO_DIGITS).to(tl.int32)
     tl.store(step + m, scale)
     tl.store(used + m, places)
-    plane = M.to(tl.int64) * D
-    digits += row
+    digits += 3 * row
     for i in tl.static_range(TILES):
         d = i * TILE + tl.arange(0, TILE)
         whole = (tl.fma(halves[i].to(tl.float32), inverse, ROUND) - ROUND).to(tl.int32)
@@ -116,14 +117,14 @@ def vectorwise_quant_kernel(
         higher = (rest + 128) >> 8
         tl.store(digits + d, (whole - (rest << 8)).to(tl.int8), mask=d < D)
         if places > 1:
-            tl.store(digits + plane + d, (rest - (higher << 8)).to(tl.int8), mask=d < D)
+            tl.store(digits + D + d, (rest - (higher << 8)).to(tl.int8), mask=d < D)
         if places > 2:
-            tl.store(digits + 2 * plane + d, higher.to(tl.int8), mask=d < D)
+            tl.store(digits + 2 * D + d, higher.to(tl.int8), mask=d < D)
 
     if kept > 0:  # list the groups that no other row of the block has listed
-        block = m // LIST_ROWS
         GROUPS: tl.constexpr = (D + LIST_COLUMNS - 1) // LIST_COLUMNS
-        flags, listed, counts = flags + block * GROUPS, listed + block * GROUPS, counts + block * 3
+        counts = lists + m // LIST_ROWS * LIST
+        flags, listed = counts + 2, counts + 2 + GROUPS
         if places > 2:
             tl.store(counts + 1, 1)
         for i in tl.static_range(TILES):
@@ -143,17 +144,17 @@ def vectorwise_quant(
     """Rows A (M, D) fp16 as whole multiples of a step each, rounded; each row's largest entry below
     OUTLIER_THRESHOLD is 127 of its steps. A is what `before` makes of x: "nothing" x itself;
     "rms_norm" of x (M, D) float32; "swiglu" silu(first half) * second half of x (M, 2 D) fp16.
-    Returns the `buffers`, quant_buffers(M, D), for mixed_scaled_mm(): the low, middle and top
-    digits of A (3, M, D), the steps (M,), how many of the three each row uses (M,), the others
-    being undefined, and what is listed for each LIST_ROWS rows. Where a row is not finite, neither
-    is its step."""
-    _, M, D = buffers[0].shape
+    Returns the `buffers`, from quant_buffers(), for mixed_scaled_mm(): the low, middle and top
+    digits of A (M, 3, D), the steps (M,), how many of the three each row uses (M,), the others
+    being undefined, and what is listed for each LIST_ROWS rows: zeros before. Where a row is not
+    finite, neither is its step."""
+    M, _, D = buffers[0].shape
     warps = 8 if D <= 8192 else 16
     tile = 128 * warps
     launch(
-        vectorwise_quant_kernel, (M,), x, *(norm or (None, 0.0)), *buffers, M, D, tile,
+        vectorwise_quant_kernel, (M,), x, *(norm or (None, 0.0)), *buffers, D, tile,
         triton.cdiv(D, tile), before, OUTLIER_THRESHOLD, TWO_DIGITS, MOST_STEPS, ROUND, LIST_ROWS,
-        LIST_COLUMNS, num_warps=warps,
+        LIST_COLUMNS, buffers[3].shape[1], num_warps=warps,
     )  # fmt: skip
     return buffers
 
@@ -185,22 +186,21 @@ def multiplied(
 
 @triton.jit(do_not_specialize=["M"])
 def mixed_scaled_mm_kernel(
-    digits, step, used, flags, listed, counts, CB, SCB, out, M, N,
+    digits, step, used, lists, CB, SCB, out, M, N,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NEIGHBOURS: tl.constexpr, THEN: tl.constexpr, LIST_ROWS: tl.constexpr,
-    LIST_COLUMNS: tl.constexpr,
+    LIST_COLUMNS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes a tile; the last of a block of rows empties its list for the next.
-    Float32 operations are fused only where the code calls fma: for the same bits in any tiles."""
+    """Each program computes a tile. Float32 operations are fused only where the code calls fma: for
+    the same bits in any tiles."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
     side_by_side = tl.minimum(NEIGHBOURS, tiles_m - group * NEIGHBOURS)
     m0 = (group * NEIGHBOURS + within % side_by_side) * BLOCK_M
     n0 = within // side_by_side * BLOCK_N
-    digits += m0.to(tl.int64) * D
+    digits += m0.to(tl.int64) * (3 * D)
     CB += n0.to(tl.int64) * D
-    out += m0.to(tl.int64) * N + n0
     m = tl.arange(0, BLOCK_M)
     row = (m < M - m0)[:, None]
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - n0)  # what repeats the last is never stored
@@ -208,21 +208,19 @@ def mixed_scaled_mm_kernel(
     steps = tl.load(step + m0 + m, mask=m < M - m0, other=0)
 
     whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    rows = m[:, None] * D
+    rows = m[:, None] * (3 * D)
     GROUPS: tl.constexpr = (D + LIST_COLUMNS - 1) // LIST_COLUMNS
-    block = m0 // LIST_ROWS
-    flags, listed, counts = flags + block * GROUPS, listed + block * GROUPS, counts + block * 3
-    n_listed, has_top = tl.load(counts), tl.load(counts + 1)
-    places = tl.load(used + m0 + m, mask=m < M - m0, other=0)[:, None]
+    counts = lists + m0 // LIST_ROWS * LIST
+    listed, n_listed, has_top = counts + 2 + GROUPS, tl.load(counts), tl.load(counts + 1)
+    known = tl.load(used + m0 + m, mask=m < M - m0, other=0)[:, None]
     if n_listed > 0:
-        plane = M.to(tl.int64) * D
         if has_top > 0:
             whole = multiplied(
-                whole, digits + 2 * plane, CB, listed, n_listed, places > 2, rows, outputs,
+                whole, digits + 2 * D, CB, listed, n_listed, known > 2, rows, outputs,
                 D, BLOCK_K, LIST_COLUMNS,
             ) * 256  # fmt: skip
         whole = multiplied(
-            whole, digits + plane, CB, listed, n_listed, places > 1, rows, outputs,
+            whole, digits + D, CB, listed, n_listed, known > 1, rows, outputs,
             D, BLOCK_K, LIST_COLUMNS,
         ) * 256  # fmt: skip
 
@@ -235,41 +233,31 @@ def mixed_scaled_mm_kernel(
     y = whole.to(tl.float32) * steps[:, None] * (tl.load(SCB + n0 + n) / 127)[None, :]
     n = tl.arange(0, BLOCK_N)
     there = row & (n < N - n0)[None, :]
-    target = out + m[:, None] * N + n[None, :]
+    target = out + m0.to(tl.int64) * N + n0 + m[:, None] * N + n[None, :]
     if THEN == "add":  # with a load, which spills registers, wo took 42 us on 512 rows; now 34
         tl.atomic_add(target, y, mask=there, sem="relaxed")
     else:
         tl.store(target, y.to(out.dtype.element_ty), mask=there)
 
-    if n_listed > 0:
-        tl.debug_barrier()
-        ROW_TILES: tl.constexpr = LIST_ROWS // BLOCK_M
-        programs = tl.minimum(ROW_TILES, tiles_m - block * ROW_TILES) * tiles_n
-        if tl.atomic_add(counts + 2, 1) == programs - 1:
-            tl.store(counts + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)
-            start = 0
-            while start < n_listed:
-                j = start + k
-                tl.store(flags + tl.load(listed + j, j < n_listed), 0, mask=j < n_listed)
-                start += BLOCK_K
-
 
 def tile_of(M: int, N: int) -> tuple[int, int, int]:
-    """Rows and outputs of a program of (M, N), and its stages. The bits don't depend on them."""
-    rows = 64 if M <= FEW_ROWS else BLOCK_M
-    programs = triton.cdiv(M, rows) * triton.cdiv(N, BLOCK_N)
-    outputs = 64 if programs < FEW_PROGRAMS else BLOCK_N
-    return rows, outputs, SHARED // ((rows + outputs) * BLOCK_K)
+    """Rows and outputs of a program of (M, N), and its stages: those that take the least time. The
+    bits don't depend on them."""
+
+    def time(tile):
+        rows, outputs, _, programs, each = tile
+        return triton.cdiv(triton.cdiv(M, rows) * triton.cdiv(N, outputs), programs * SMS) * each
+
+    return min(TILES, key=time)[:3]
 
 
 def mixed_scaled_mm(A: Buffers, weights: Pair, out: Tensor, then: str) -> None:
     """Rows as vectorwise_quant() returned them times int8 weights CB (N, D) and scales SCB (N,):
-    "store" puts the product (M, N) into out, "add" adds it to out. It empties the lists: call it
-    once for each call of vectorwise_quant()."""
-    (_, M, D), N = A[0].shape, out.shape[1]
+    "store" puts the product (M, N) into out, "add" adds it to out."""
+    (M, _, D), N = A[0].shape, out.shape[1]
     block_m, block_n, stages = tile_of(M, N)
     launch(
         mixed_scaled_mm_kernel, (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),), *A, *weights,
         out, M, N, D, block_m, block_n, BLOCK_K, NEIGHBOURS, then, LIST_ROWS, LIST_COLUMNS,
-        num_warps=WARPS, num_stages=stages, enable_fp_fusion=False,
+        A[3].shape[1], num_warps=WARPS, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -27,18 +27,18 @@ STAGES = 3
 LOG2_E = math.log2(math.e)
 
 
-def tiles_of(spans: list[Span], device: torch.device) -> Tensor:
-    """What each program attends for, (tiles, 4) int32: slot, first row, its position, number of
-    rows. The host does not wait for the device. Tiles with the most keys come first, so that none
-    is left over at the end."""
+def tiles_of(spans: list[Span], count: int) -> Tensor:
+    """What each of so many programs attends for, (count, 4) int32 on the host: slot, first row, its
+    position, number of rows. The tiles with the most keys come first, so that none is left over at
+    the end; empty ones come last."""
     tiles, first = [], 0
-    for slot, start, count in spans:
-        for i in range(0, count, ROWS):
-            tiles.append((slot, first + i, start + i, min(ROWS, count - i)))
-        first += count
+    for slot, start, rows in spans:
+        for i in range(0, rows, ROWS):
+            tiles.append((slot, first + i, start + i, min(ROWS, rows - i)))
+        first += rows
     tiles.sort(key=lambda tile: -tile[2])
-    tiles = torch.tensor(tiles, dtype=torch.int32, device="cpu")
-    return tiles.to(device, non_blocking=True)
+    tiles += [(0, 0, 0, 0)] * (count - len(tiles))
+    return torch.tensor(tiles, dtype=torch.int32, device="cpu")
 
 
 def attend_torch(qkv, caches, tiles, out) -> None:

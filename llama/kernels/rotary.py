@@ -1,6 +1,7 @@
 """Rotary embedding of the rows of a prefill; their keys and values go into the caches."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,16 +14,18 @@ from llama.model import Span
 BLOCK_T = 16  # tokens a program
 
 
-def places_of(spans: list[Span], S: int, device: torch.device) -> Tensor:
-    """Where the tokens of spans lie in a cache of S tokens a slot, (T,) int32: slot * S + position.
-    The host does not wait for the device."""
-    starts = [(slot * S + start, count) for slot, start, count in spans]
+def places_of(spans: list[Span], S: int, count: int) -> Tensor:
+    """Where the tokens of spans lie in a cache of S tokens a slot: slot * S + position, (count,)
+    int32 on the host, and -1 behind the last."""
+    starts = [(slot * S + start, rows) for slot, start, rows in spans]
     places = [torch.arange(at, at + n, dtype=torch.int32, device="cpu") for at, n in starts]
-    return torch.cat(places).to(device, non_blocking=True)
+    places = torch.cat(places)
+    return F.pad(places, (0, count - len(places)), value=-1)
 
 
 def rotate_torch(qkv, caches, places, rotation, tokens, bos, first) -> None:
-    (T, _), (_, S, Hkv, K) = qkv.shape, caches[0].shape
+    (_, S, Hkv, K), T = caches[0].shape, int((places >= 0).sum())
+    qkv, places, tokens = qkv[:T], places[:T], tokens[:T]
     q, k, v = qkv.view(T, -1, K).split([qkv.shape[1] // K - 2 * Hkv, Hkv, Hkv], 1)
     for x in (q, k):
         x.copy_(model.rotate(x[None], rotation[None, places % S])[0])
@@ -40,8 +43,8 @@ def rotate_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     h = tl.program_id(1)
     d = tl.arange(0, K)[None, :]
-    inside = t < T
-    place = tl.load(places + t, mask=inside, other=0)
+    place = tl.load(places + t, mask=t < T, other=-1)
+    inside = place >= 0
     source = qkv + (t * (H + 2 * HKV) + h) * K + d
     target = place.to(tl.int64) * (HKV * K) + d
     known = (place % S == 0) & (tl.load(tokens + t, mask=inside) == bos)
@@ -75,7 +78,7 @@ def rotate(
     """Rotates queries and keys of tokens (T,) in place, and stores keys and values in the caches
     (B, S, Hkv, K) fp16 where places_of() says; where BOS is first in a sequence, `first` (Hkv, K)
     are its key and value instead. qkv (T, (H + 2 Hkv) K) fp16 holds all three side by side;
-    rotation (.., K/2, 2) float32 begins with position 0."""
+    rotation (.., K/2, 2) float32 begins with position 0. Tokens without a place are left alone."""
     (T, width), (_, S, Hkv, K) = qkv.shape, caches[0].shape
     heads = width // K
     args = qkv, *caches, places, rotation, tokens, bos, *first, T, S
