@@ -1,4 +1,4 @@
-"""The memory that kernels work in, made for each pass of a prefill and once for a running batch.
+"""The memory that kernels work in, made once for a running batch.
 
 `room` counts it on the meta device, without Triton: so the constants that fix a size are here.
 """
@@ -11,11 +11,12 @@ from torch import Tensor
 from llama.model import ModelArgs
 
 Pair = tuple[Tensor, Tensor]
-# Most tokens of prompts in one pass. While sequences run, they wait for it: on an H200 13B takes 19
-# ms for 512, as long as two or three steps of 32 rows. Where none does, fewer passes are faster:
-# 1,900 tokens take 61 ms, and 77 in passes of 512.
+# Most tokens of prompts in one pass. While sequences run, they wait for it: on an H200 13B takes 16
+# ms for 512, as long as two steps of 32 rows. Where none does, fewer passes are faster: 1,900
+# tokens took 61 ms, and 77 in passes of 512.
 PACK = 512
 PACK_ALONE = 2048
+TILE_ROWS = 64  # of a prompt, in `prefill_attention`; a pass is padded to whole tiles
 MOST_ROWS = 32  # that `few_rows.linear` multiplies at once; more go in groups
 MAX_SPLITS = 32  # splits of a sequence in `attention.attend`
 # Rows of a prompt that share a list in `llm_int8`, and columns that are listed together.
@@ -24,10 +25,16 @@ LIST_COLUMNS = 16
 
 
 class PrefillBuffers:
-    """For the layers of a pass of T tokens."""
+    """For passes of up to T tokens of sequences in so many slots: which tokens they are, where they
+    go, and what their layers work in."""
 
-    def __init__(self, args: ModelArgs, T: int, device: torch.device):
+    def __init__(self, args: ModelArgs, T: int, slots: int, device: torch.device):
         half = {"dtype": torch.float16, "device": device}
+        tiles = -(-T // TILE_ROWS)
+        T = tiles * TILE_ROWS
+        self.tokens = torch.zeros(T, dtype=torch.long, device=device)
+        self.places = torch.empty(T, dtype=torch.int32, device=device)
+        self.tiles = torch.empty(tiles + slots, 4, dtype=torch.int32, device=device)
         self.residual = torch.empty(T, args.dim, dtype=torch.float32, device=device)
         self.qkv = torch.empty(T, (args.n_heads + 2 * args.kv_heads) * args.head_dim, **half)
         self.heads = torch.zeros(T, args.dim, **half)  # rows of no token stay small
@@ -38,11 +45,14 @@ class PrefillBuffers:
         self.hidden_lists = quant_lists(T, args.hidden_dim, args.n_layers, device)
 
     def first(self, T: int) -> "PrefillBuffers":
-        """The same memory for a pass of fewer tokens."""
-        part = copy.copy(self)
-        part.residual, part.qkv = self.residual[:T], self.qkv[:T]
-        part.heads, part.w13 = self.heads[:T], self.w13[:T]
-        part.dim, part.hidden = (tuple(x[:T] for x in pair) for pair in (self.dim, self.hidden))
+        """The same memory for a pass of fewer tokens, which are padded."""
+        part, most = copy.copy(self), len(self.tokens)
+        T = -(-T // TILE_ROWS) * TILE_ROWS
+        part.tiles = self.tiles[: len(self.tiles) - (most - T) // TILE_ROWS]
+        for name in ("tokens", "places", "residual", "qkv", "heads", "w13"):
+            setattr(part, name, getattr(self, name)[:T])
+        for name in ("dim", "hidden"):
+            setattr(part, name, tuple(x[:T] for x in getattr(self, name)))
         return part
 
 

@@ -316,7 +316,7 @@ class Decoder:
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
         forward()
-        self.graphs[self.verified], _ = captured(forward)
+        self.graphs[self.verified] = captured(forward)
         if len(self.graphs) == 2:
             self.watch.cost = milliseconds(self.graphs[True]) / milliseconds(self.graphs[False])
         for tensor, value in zip(state, before):

@@ -4,7 +4,7 @@ It computes what `Transformer` does in a few launches a layer instead of some th
 residual stream. The layers of a prompt are LLM.int8(). A decode step, which is bound by reading the
 weights, rounds activations less, to two int8 digits, as a prompt's output head does. Each row's
 result is the same bit for bit whatever runs beside it, and wherever a prompt is cut. Nothing waits
-for the host: a CUDA graph can hold a step.
+for the host: a CUDA graph can hold a step, or a pass of a prompt.
 """
 
 from contextlib import closing
@@ -12,7 +12,6 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama.buffers import PACK, PACK_ALONE, DecodeBuffers, Pair, PrefillBuffers
@@ -21,7 +20,6 @@ from llama.kernels.attention import attend as attend_one
 from llama.kernels.few_rows import linear, split
 from llama.kernels.launch import captured, repeating
 from llama.kernels.llm_int8 import mixed_scaled_mm, vectorwise_quant
-from llama.kernels.prefill_attention import ROWS as TILE_ROWS
 from llama.kernels.prefill_attention import attend, tiles_of
 from llama.kernels.rotary import places_of, rotate
 from llama.model import KVCache, RMSNorm, Span, Transformer
@@ -45,43 +43,36 @@ class FusedEngine:
         self.layers = [[join(group) for group in layer.linears()] for layer in model.layers]
         self.output = join([model.output])
         slots, S = cache.k.shape[1:3]
-        rows, device = tiles_for(min(PACK_ALONE, slots * S)) * TILE_ROWS, cache.k.device
-        self.pass_buffers = PrefillBuffers(model.args, rows, device)
+        rows, device = min(PACK_ALONE, slots * S), cache.k.device
+        self.pass_buffers = PrefillBuffers(model.args, rows, slots, device)
         self.step_buffers = DecodeBuffers(model.args, slots * each, device)
-        # Of passes of up to PACK tokens, by their padded length, from the second of that length on:
-        # what a graph reads, the graph, and what it returns.
-        self.graphs: dict[int, tuple | None] = {}
+        # Of passes of up to PACK tokens, by their padded length, from the second of that length on.
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
         """The residual stream (T, D) float32 after all layers, which the head reads, of tokens (T,)
         that are the spans of several sequences, side by side. What comes before a span is in the
         cache; its own keys and values are added."""
-        slots, S = self.cache.k.shape[1:3]
-        count, tiles = len(tokens), tiles_for(len(tokens))
-        T = tiles * TILE_ROWS
-        inputs = [F.pad(tokens, (0, T - count))]
-        for x in (places_of(spans, S, T), tiles_of(spans, tiles + slots)):
-            inputs.append(x.to(tokens.device, non_blocking=True))
-        layers = partial(self._layers, self.pass_buffers.first(T))
+        count, buffers = len(tokens), self.pass_buffers.first(len(tokens))
+        buffers.tokens[:count] = tokens
+        places = places_of(spans, self.cache.k.shape[2], len(buffers.places))
+        buffers.places.copy_(places, non_blocking=True)
+        buffers.tiles.copy_(tiles_of(spans, len(buffers.tiles)), non_blocking=True)
+        buffers.residual.copy_(self.model.tok_embeddings.weight[buffers.tokens])
+        layers, T = partial(self._layers, buffers), len(buffers.tokens)
         if T > PACK or not tokens.is_cuda or T not in self.graphs:
             self.graphs[T] = None
-            return layers(*inputs)[:count].clone()
-        if not self.graphs[T]:
-            self.graphs[T] = inputs, *captured(partial(layers, *inputs))
-        read, graph, residual = self.graphs[T]
-        for old, new in zip(read, inputs):
-            old.copy_(new)
-        graph.replay()
-        return residual[:count].clone()
+            layers()
+        else:
+            self.graphs[T] = self.graphs[T] or captured(layers)
+            self.graphs[T].replay()
+        return buffers.residual[:count].clone()
 
-    def _layers(
-        self, buffers: PrefillBuffers, tokens: Tensor, places: Tensor, tiles: Tensor
-    ) -> Tensor:
-        """The residual stream after all layers. places and tiles are those of places_of() and
-        tiles_of()."""
+    def _layers(self, buffers: PrefillBuffers) -> None:
+        """All layers of a pass, whose residual stream begins as the embeddings of its tokens."""
         model, cache, bos = self.model, self.cache, self.model.args.bos_id
+        tokens, places, tiles = buffers.tokens, buffers.places, buffers.tiles
         residual, qkv, w13, heads = buffers.residual, buffers.qkv, buffers.w13, buffers.heads
-        residual.copy_(model.tok_embeddings.weight[tokens])
 
         def multiply(x, weights, out, then, codes, before="nothing", norm=None):
             norm = norm and (norm.weight, norm.eps)
@@ -99,7 +90,6 @@ class FusedEngine:
                 multiply(heads, wo, residual, "add", b)
                 multiply(residual, w1w3, w13, "store", c, "rms_norm", layer.ffn_norm)
                 multiply(w13, w2, residual, "add", (*buffers.hidden, hidden_list), "swiglu")
-        return residual
 
     def head(self, features: Tensor) -> Tensor:
         """Float32 logits (T, V) of what follows each of some tokens."""
@@ -127,10 +117,6 @@ class FusedEngine:
         """Plain steps that a step with `each` rows a sequence takes, before it is measured."""
         slots = self.cache.k.shape[1]
         return GUESSES * (ROWS + each * slots) / (ROWS + slots)
-
-
-def tiles_for(tokens: int) -> int:
-    return -(-tokens // TILE_ROWS)
 
 
 def first_token(model: Transformer) -> Pair:

@@ -48,7 +48,7 @@ def need(
     args = model.args
     rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
     cache = KVCache(args, batch, length, dtype, META)
-    prefill = PrefillBuffers(args, min(PACK_ALONE, batch * length), META)
+    prefill = PrefillBuffers(args, min(PACK_ALONE, batch * length), batch, META)
     # At least what lookup.rows_each() allows, and never less for more sequences.
     rows = max(batch, min(EACH * batch, MOST_ROWS)) if lookup else batch
     decode = DecodeBuffers(args, rows, META)

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from llama.buffers import TILE_ROWS
 from llama.kernels import (
     attention,
     few_rows,
@@ -76,7 +77,7 @@ def cases():
     yield rotary.rotate_kernel, ROTATE, constants, {"num_warps": 4}
     for K in (64, 128):
         constants = {"H": 64, "HKV": 8, "K": K}
-        constants |= {name: getattr(prefill_attention, name) for name in ("ROWS", "BLOCK")}
+        constants |= {"ROWS": TILE_ROWS, "BLOCK": prefill_attention.BLOCK}
         options = {"num_warps": 4, "num_stages": prefill_attention.STAGES}
         yield prefill_attention.attend_kernel, PREFILL, constants, options
     names = ("TWO_DIGITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "LIST_COLUMNS")

@@ -27,7 +27,6 @@ def large_tiles(monkeypatch):
     """In the interpreter: fewer programs. `test_kernels` has those of a GPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(few_rows, "tile_of", lambda *_: (64, 1))
-        monkeypatch.setattr(fused, "TILE_ROWS", 16)
 
 
 def int8_model(params, weights) -> Transformer:

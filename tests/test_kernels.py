@@ -17,6 +17,7 @@ from llama import Settings  # noqa: E402
 from llama.buffers import (  # noqa: E402
     LIST_COLUMNS,
     LIST_ROWS,
+    TILE_ROWS,
     attend_buffers,
     quant_buffers,
     quant_lists,
@@ -489,7 +490,7 @@ def test_rotate(spans, H, Hkv, K):
 
 def tiles_of(spans):
     """As many as there are at most, the last of them empty."""
-    most = sum(1 + count // prefill_attention.ROWS for *_, count in spans)
+    most = sum(1 + count // TILE_ROWS for *_, count in spans)
     return prefill_attention.tiles_of(spans, most + 1).to(DEVICE)
 
 

@@ -4,9 +4,10 @@ A decode step is a chain of short kernels in one CUDA graph, and the overhead is
 From compute capability 9.0 on they are launched as programmatic dependents: each requests its own
 weights, waits for the kernel before it, and lets the next one start before it ends itself.
 
-A prompt's length varies, and a graph fits one only from its second pass of that length on. Triton
-examines every argument of every launch, which takes 20 us on a slow host; for layers that repeat,
-examining those of the first is enough.
+A short prompt, too, takes longer to launch than to compute, but its length varies: a graph holds
+the passes of one length from the second on. Where there is none, Triton examines every argument of
+every launch, which takes 20 us on a slow host; for layers that repeat, examining those of the first
+is enough.
 """
 
 import threading
@@ -40,19 +41,19 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     _thread.at = at + 1
 
 
-def captured(work: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A CUDA graph of what `work` launches, and what it returns. It must have run before, which
-    compiles it. Other threads may use the GPU meanwhile."""
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `work` launches. It must have run before, which compiles it. Other
+    threads may use the GPU meanwhile."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         try:
             graph.capture_begin(capture_error_mode="thread_local")
-            result = work()
+            work()
         finally:  # after Ctrl-C, too: a stream left capturing would refuse all other work
             if torch.cuda.is_current_stream_capturing():
                 graph.capture_end()
-    return graph, result
+    return graph
 
 
 def dependent(x: Tensor) -> dict:

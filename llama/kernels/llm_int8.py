@@ -22,10 +22,9 @@ from llama.kernels.launch import launch
 
 SMS = 132  # of an H200
 # Rows and outputs that a program computes, stages of its loads, such programs an SM, and us that
-# they take with 5,120 columns. Triton waits for each product of int8 before it starts the next (it
-# doesn't for sums in float32), so that several programs share an SM. The linears of a layer of 13B
-# take 310 us for 512 rows and 980 for 1,900 (int8 peak: 164 and 609); TMA descriptors: 2 % less,
-# 128 x 256 tiles: 20 % more (H200, 2026-11-28).
+# they take with 5,120 columns. The linears of a layer of 13B take 295 us for 512 rows and 988 for
+# 1,900 (int8 peak: 164 and 609; float8 in the same loop, where Triton does not wait for each
+# product: 286 and 946); TMA descriptors: 2 % less, 128 x 256 tiles: 20 % more (H200, 2026-11-28).
 TILES = (
     (128, 128, 3, 2, 38),
     (64, 128, 3, 3, 35),
@@ -37,9 +36,8 @@ BLOCK_K = 128  # columns a step; 64: 15 % slower
 WARPS = 4
 # Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (same GPU).
 NEIGHBOURS = 16
-# Of the 413 us of those linears for 512 rows, with quantization, 58 are for 6 kept columns, of 495
-# 141 for 30. When single columns of weights were loaded, not ahead, they took 451 and 571 (H100,
-# 2026-11-27).
+# Of the 326 us of those products for 512 rows 31 are for 5 kept columns, of 398 103 for 30; in
+# one loop with the others: 380 and 457 (same GPU).
 TWO_DIGITS = 32000.0  # what 256 middle + low can say, in steps
 # Int32 holds codes up to 127 times whole numbers that add up to 2^22, which kept entries do, and D
 # products of two codes (D < 65,000). What wraps around on the way there does no harm.

@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from llama import model
-from llama.buffers import Pair
+from llama.buffers import TILE_ROWS, Pair
 from llama.kernels.launch import launch
 from llama.model import Span
 
-# Query rows a program, keys at a time, and loads ahead. For 1,900 tokens 40 heads took 105 us, for
-# 8,192 32 heads on 8 took 1.17 ms (torch's: 91 us and 0.93 ms); 128 rows: 107 us and 1.14 ms, but
-# 7.2 us instead of 5.8 for 128 tokens; 128 keys: 178 us; 2 stages: 114 us (H100, 2026-11-26).
-ROWS = 64
+# Keys at a time, and loads ahead. With TILE_ROWS queries a program, 40 heads took 105 us for 1,900
+# tokens, 32 heads on 8 1.17 ms for 8,192 (torch's: 91 us and 0.93 ms); 128 rows: 107 us and 1.14
+# ms, but 7.2 us instead of 5.8 for 128 tokens; 128 keys: 178 us; 2 stages: 114 us (H100,
+# 2026-11-26).
 BLOCK = 64
 STAGES = 3
 LOG2_E = math.log2(math.e)
@@ -33,8 +33,8 @@ def tiles_of(spans: list[Span], count: int) -> Tensor:
     the end; empty ones come last."""
     tiles, first = [], 0
     for slot, start, rows in spans:
-        for i in range(0, rows, ROWS):
-            tiles.append((slot, first + i, start + i, min(ROWS, rows - i)))
+        for i in range(0, rows, TILE_ROWS):
+            tiles.append((slot, first + i, start + i, min(TILE_ROWS, rows - i)))
         first += rows
     tiles.sort(key=lambda tile: -tile[2])
     tiles += [(0, 0, 0, 0)] * (count - len(tiles))
@@ -119,5 +119,5 @@ def attend(qkv: Tensor, caches: Pair, tiles: Tensor, out: Tensor) -> None:
     (_, S, Hkv, K), H = caches[0].shape, out.shape[1] // caches[0].shape[3]
     launch(
         attend_kernel, (H, len(tiles)), qkv, *caches, tiles, out, S, K**-0.5 * LOG2_E, H, Hkv, K,
-        ROWS, BLOCK, num_warps=4, num_stages=STAGES, enable_fp_fusion=False,
+        TILE_ROWS, BLOCK, num_warps=4, num_stages=STAGES, enable_fp_fusion=False,
     )  # fmt: skip
