@@ -12,8 +12,8 @@ from llama.model import ModelArgs
 
 Pair = tuple[Tensor, Tensor]
 # Most tokens of prompts in one pass. While sequences run, they wait for it: on an H200 13B takes 16
-# ms for 512, as long as two steps of 32 rows. Where none does, fewer passes are faster: 1,900
-# tokens took 61 ms, and 77 in passes of 512.
+# ms for 512, as long as two steps of 32 rows (2026-11-28). Where none does, fewer passes are
+# faster: 1,900 tokens took 61 ms, and 77 in passes of 512 (2026-11-27).
 PACK = 512
 PACK_ALONE = 2048
 TILE_ROWS = 64  # of a prompt, in `prefill_attention`; a pass is padded to whole tiles
@@ -37,12 +37,12 @@ class PrefillBuffers:
         self.tiles = torch.empty(tiles + slots, 4, dtype=torch.int32, device=device)
         self.residual = torch.empty(T, args.dim, dtype=torch.float32, device=device)
         self.qkv = torch.empty(T, (args.n_heads + 2 * args.kv_heads) * args.head_dim, **half)
-        self.heads = torch.zeros(T, args.dim, **half)  # rows of no token stay small
+        self.heads = torch.empty(T, args.dim, **half)
         self.w13 = torch.empty(T, 2 * args.hidden_dim, **half)
         self.dim = quant_buffers(T, args.dim, device)
         self.hidden = quant_buffers(T, args.hidden_dim, device)
-        self.dim_lists = quant_lists(T, args.dim, 3 * args.n_layers, device)
-        self.hidden_lists = quant_lists(T, args.hidden_dim, args.n_layers, device)
+        self.dim_lists = quant_lists((args.n_layers, 3), T, args.dim, device)
+        self.hidden_lists = quant_lists((args.n_layers,), T, args.hidden_dim, device)
 
     def first(self, T: int) -> "PrefillBuffers":
         """The same memory for a pass of fewer tokens, which are padded."""
@@ -76,12 +76,12 @@ def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:
     return digits, step, used
 
 
-def quant_lists(M: int, D: int, calls: int, device: torch.device) -> Tensor:
-    """For each of so many calls with M rows, and each LIST_ROWS of them: how many groups of columns
-    are listed, whether they have top digits, a flag a group, and the groups. A call is given
-    zeros, and begins at a multiple of 16 bytes."""
-    width = -(-(2 + 2 * -(-D // LIST_COLUMNS)) // 4) * 4
-    return torch.zeros(calls, -(-M // LIST_ROWS), width, dtype=torch.int32, device=device)
+def quant_lists(calls: tuple[int, ...], M: int, D: int, device: torch.device) -> Tensor:
+    """Lists (blocks, size) for each call with M rows: of LIST_ROWS rows, how many groups of columns
+    are listed, whether there are top digits, a flag a group, and the groups. They must be zeros
+    when a call begins. Each starts at a multiple of 16 bytes."""
+    size = -(-(2 + 2 * -(-D // LIST_COLUMNS)) // 4) * 4
+    return torch.zeros(*calls, -(-M // LIST_ROWS), size, dtype=torch.int32, device=device)
 
 
 def attend_buffers(B: int, H: int, Hkv: int, K: int, device: torch.device) -> Pair:

@@ -40,8 +40,8 @@ class TorchEngine:
         self.capturable = cache.k.is_cuda and not isinstance(model.output, Int8Linear)
 
     def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
-        """What the head reads (T, D), of tokens (T,) that are the spans of several sequences, side
-        by side. What comes before a span is in the cache; its own keys and values are added."""
+        """What the head reads (T, D), of tokens (T,) that are the spans of several slots, side by
+        side. What comes before a span is in the cache; its own keys and values are added."""
         features = []
         for (slot, start, count), own in zip(spans, tokens.split([count for *_, count in spans])):
             # Its bits depend on where a prompt is cut: at every PACK tokens, whatever its company.
@@ -311,12 +311,16 @@ class Decoder:
             self.watch.spend(verified, tokens, guessed)
 
     def _capture(self, forward: Callable[[], None]) -> None:
-        """Adds a step to the graphs; it runs, so tokens and lengths are put back, and the rest is
-        overwritten when the graph does."""
+        """Adds a step to the graphs. It runs to compile and warm up, which draws tokens: these and
+        lengths are put back, and the rest is overwritten when the graph runs."""
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
-        forward()
-        self.graphs[self.verified] = captured(forward)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # cuBLAS makes a workspace for each stream
+            forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graphs[self.verified] = captured(forward, stream)
         if len(self.graphs) == 2:
             self.watch.cost = milliseconds(self.graphs[True]) / milliseconds(self.graphs[False])
         for tensor, value in zip(state, before):

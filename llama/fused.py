@@ -1,10 +1,10 @@
 """The fast engine: prefill and decode steps of an int8 model on CUDA, out of `kernels`.
 
 It computes what `Transformer` does in a few launches a layer instead of some thirty, with a float32
-residual stream. The layers of a prompt are LLM.int8(). A decode step, which is bound by reading the
-weights, rounds activations less, to two int8 digits, as a prompt's output head does. Each row's
-result is the same bit for bit whatever runs beside it, and wherever a prompt is cut. Nothing waits
-for the host: a CUDA graph can hold a step, or a pass of a prompt.
+residual stream. The layers of a prompt are LLM.int8(). A decode step is bound by reading the
+weights, so it can afford finer activations, of two int8 digits; a prompt's output head has them,
+too. Each row's result is the same bit for bit whatever runs beside it, and wherever a prompt is
+cut. Nothing waits for the host: a CUDA graph can hold a step, or a pass of a prompt.
 """
 
 from contextlib import closing
@@ -24,9 +24,9 @@ from llama.kernels.prefill_attention import attend, tiles_of
 from llama.kernels.rotary import places_of, rotate
 from llama.model import KVCache, RMSNorm, Span, Transformer
 
-# A step takes as long as reading the weights and, a row, 1 / ROWS of that: of 13B 4.1 ms for 1 row,
-# 4.8 for 8 and 7.2 for 32 (H200, 2026-11-27). Guesses and draws add to one with several rows a
-# sequence.
+# A step takes as long as reading the weights, and 1 / ROWS of that for each row: of 13B 4.1 ms for
+# 1 row, 4.8 for 8 and 7.2 for 32 (H200, 2026-11-27). Guesses and draws add to a step with several
+# rows a sequence.
 ROWS = 40
 GUESSES = 1.05
 
@@ -46,50 +46,56 @@ class FusedEngine:
         rows, device = min(PACK_ALONE, slots * S), cache.k.device
         self.pass_buffers = PrefillBuffers(model.args, rows, slots, device)
         self.step_buffers = DecodeBuffers(model.args, slots * each, device)
-        # Of passes of up to PACK tokens, by their padded length, from the second of that length on.
+        # By the padded length of a pass: None after a first one, which compiles; then its graph.
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
     def prefill(self, tokens: Tensor, spans: list[Span]) -> Tensor:
-        """The residual stream (T, D) float32 after all layers, which the head reads, of tokens (T,)
-        that are the spans of several sequences, side by side. What comes before a span is in the
-        cache; its own keys and values are added."""
+        """The residual stream (T, D) float32 after all layers, which the head reads, of at most
+        PACK_ALONE tokens (T,) that are the spans of different slots, side by side; the next pass
+        overwrites it. What comes before a span is in the cache; its own keys and values are
+        added."""
         count, buffers = len(tokens), self.pass_buffers.first(len(tokens))
-        buffers.tokens[:count] = tokens
-        places = places_of(spans, self.cache.k.shape[2], len(buffers.places))
+        T = len(buffers.tokens)
+        places = places_of(spans, self.cache.k.shape[2], T)
         buffers.places.copy_(places, non_blocking=True)
         buffers.tiles.copy_(tiles_of(spans, len(buffers.tiles)), non_blocking=True)
-        buffers.residual.copy_(self.model.tok_embeddings.weight[buffers.tokens])
-        layers, T = partial(self._layers, buffers), len(buffers.tokens)
-        if T > PACK or not tokens.is_cuda or T not in self.graphs:
-            self.graphs[T] = None
-            layers()
-        else:
+        buffers.tokens[:count] = tokens
+        buffers.residual[:count] = self.model.tok_embeddings.weight[tokens]
+        buffers.residual[count:], buffers.heads[count:] = 0, 0  # then nothing of them is large
+        layers = partial(self._layers, buffers, first_token(self.model))
+        if T in self.graphs:
+            # The second pass of a length takes as long as the first, the next ones about half of it
+            # for 128 tokens of 13B; from PACK on the host is no longer what takes longest.
             self.graphs[T] = self.graphs[T] or captured(layers)
             self.graphs[T].replay()
-        return buffers.residual[:count].clone()
+        else:
+            layers()
+            if T <= PACK and tokens.is_cuda:
+                self.graphs[T] = None
+        return buffers.residual[:count]
 
-    def _layers(self, buffers: PrefillBuffers) -> None:
+    def _layers(self, buffers: PrefillBuffers, first: Pair) -> None:
         """All layers of a pass, whose residual stream begins as the embeddings of its tokens."""
-        model, cache, bos = self.model, self.cache, self.model.args.bos_id
+        cache, rotation, bos = self.cache, self.model.rotation, self.model.args.bos_id
         tokens, places, tiles = buffers.tokens, buffers.places, buffers.tiles
         residual, qkv, w13, heads = buffers.residual, buffers.qkv, buffers.w13, buffers.heads
 
-        def multiply(x, weights, out, then, codes, before="nothing", norm=None):
+        def multiply(x, weights, out, then, digits, before="nothing", norm=None):
             norm = norm and (norm.weight, norm.eps)
-            mixed_scaled_mm(vectorwise_quant(x, codes, before, norm), weights, out, then)
+            mixed_scaled_mm(vectorwise_quant(x, digits, before, norm), weights, out, then)
 
-        caches, first = zip(cache.k, cache.v), zip(*first_token(model))
-        lists = buffers.dim_lists.zero_().unflatten(0, (-1, 3)), buffers.hidden_lists.zero_()
-        layers = zip(model.layers, self.layers, caches, first, *lists)
+        lists = buffers.dim_lists.zero_(), buffers.hidden_lists.zero_()
+        layers = zip(self.model.layers, self.layers, cache.k, cache.v, *first, *lists)
         with closing(repeating(layers)) as layers:
-            for layer, (wqkv, wo, w1w3, w2), caches, first, lists, hidden_list in layers:
-                a, b, c = ((*buffers.dim, own) for own in lists)
-                multiply(residual, wqkv, qkv, "store", a, "rms_norm", layer.attention_norm)
-                rotate(qkv, caches, places, model.rotation, tokens, bos, first)
-                attend(qkv, caches, tiles, heads)
-                multiply(heads, wo, residual, "add", b)
-                multiply(residual, w1w3, w13, "store", c, "rms_norm", layer.ffn_norm)
-                multiply(w13, w2, residual, "add", (*buffers.hidden, hidden_list), "swiglu")
+            for layer, (wqkv, wo, w1w3, w2), k, v, first_k, first_v, of_dim, of_hidden in layers:
+                to_qkv, to_wo, to_w1w3 = ((*buffers.dim, own) for own in of_dim)
+                to_w2 = *buffers.hidden, of_hidden
+                multiply(residual, wqkv, qkv, "store", to_qkv, "rms_norm", layer.attention_norm)
+                rotate(qkv, (k, v), places, rotation, tokens, bos, (first_k, first_v))
+                attend(qkv, (k, v), tiles, heads)
+                multiply(heads, wo, residual, "add", to_wo)
+                multiply(residual, w1w3, w13, "store", to_w1w3, "rms_norm", layer.ffn_norm)
+                multiply(w13, w2, residual, "add", to_w2, "swiglu")
 
     def head(self, features: Tensor) -> Tensor:
         """Float32 logits (T, V) of what follows each of some tokens."""

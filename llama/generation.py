@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llama import checkpoint, room
-from llama.buffers import PACK
+from llama.buffers import PACK, PACK_ALONE
 from llama.chat import conversation, stripped
 from llama.decode import ENGINES, Decoder, in_passes, make_engine
 from llama.device import ONE_CORE, at_work, forgetting, pick_device, pick_engine
@@ -333,19 +333,20 @@ class LLaMA:
         return scores
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Float32 logits of what follows each of ids, in order: those of a pass at once, (n, V)."""
+        """Float32 logits of what follows each of ids, in order, up to PACK at once: (n, V)."""
         if not ids:
             return
-        engine = passes = None
+        engine = passes = parts = None
         try:
             with forgetting(), self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
-                passes = in_passes(engine, ids, PACK)
+                passes = in_passes(engine, ids, PACK_ALONE)
+                parts = (part for whole in passes for part in whole.split(PACK))
             while True:
                 with forgetting(), self._turn():
-                    if (features := next(passes, None)) is None:
+                    if (part := next(parts, None)) is None:
                         return
-                    logits = engine.head(features)
+                    logits = engine.head(part)
                     finite = bool(logits.isfinite().all())
                 if not finite:
                     raise FloatingPointError(NOT_FINITE_LOGITS)
@@ -355,7 +356,7 @@ class LLaMA:
                 f"{self.device} ran out of memory over a text of {len(ids)} tokens: shorten it"
             ) from None
         finally:
-            del engine, passes
+            del engine, passes, parts
 
     @property
     def device(self) -> torch.device:

@@ -52,7 +52,7 @@ def need(
     # At least what lookup.rows_each() allows, and never less for more sequences.
     rows = max(batch, min(EACH * batch, MOST_ROWS)) if lookup else batch
     decode = DecodeBuffers(args, rows, META)
-    embedded = prefill.qkv[:, : args.dim].nbytes
+    embedded = len(prefill.tokens) * args.dim * dtype.itemsize
     return Need(
         weights=rotation + sum(map(pooled, weight_sizes(model, dtype))),
         cache=pooled(cache.k.nbytes) + pooled(cache.v.nbytes),

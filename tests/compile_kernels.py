@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llama.buffers import TILE_ROWS
+from llama.buffers import TILE_ROWS, quant_lists
 from llama.kernels import (
     attention,
     few_rows,
@@ -25,6 +25,7 @@ from llama.kernels import (
 )
 from llama.lookup import NGRAM
 
+LIST = quant_lists((), 1, 5120, "meta").shape[1]
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block: CUDA programming guide
 
 
@@ -82,7 +83,7 @@ def cases():
         yield prefill_attention.attend_kernel, PREFILL, constants, options
     names = ("TWO_DIGITS", "MOST_STEPS", "ROUND", "LIST_ROWS", "LIST_COLUMNS")
     constants = {name: getattr(llm_int8, name) for name in names}
-    constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD, "LIST": 644}
+    constants |= {"THRESHOLD": llm_int8.OUTLIER_THRESHOLD, "LIST": LIST}
     for before, x in (("rms_norm", "*fp32"), ("nothing", "*fp16")):
         sizes = {"D": 5120, "TILE": 1024, "TILES": 5, "BEFORE": before}
         yield (

@@ -1,4 +1,4 @@
-"""Is the fused decode step the model's own? In Triton's interpreter where there is no GPU."""
+"""Are prefill and step of the kernels the model's own? In the interpreter where there is no GPU."""
 
 import sys
 
@@ -171,13 +171,13 @@ def test_a_prompt_has_the_same_bits_however_it_is_packed_and_cut(monkeypatch):
         pairs = (engine.cache.k, together.cache.k), (engine.cache.v, together.cache.v)
         return all(torch.equal(mine, other) for mine, other in pairs)
 
-    alone = [apart.prefill(x, [span]) for x, span in zip((long, one, few), packed)]
+    alone = [apart.prefill(x, [span]).clone() for x, span in zip((long, one, few), packed)]
     assert torch.equal(torch.cat(alone), features) and equal(apart)
     # 18 tokens as 3, 14 and 1, the second over the end of a block of keys; 4 as 2 and 2.
     cut = fused.FusedEngine(model, cache_of(model, 4, length=24))
-    first = cut.prefill(torch.cat([few[:2], long[:3]]), [(0, 0, 2), (1, 0, 3)])
+    first = cut.prefill(torch.cat([few[:2], long[:3]]), [(0, 0, 2), (1, 0, 3)]).clone()
     middle = [(1, 3, 14), (3, 0, 1), (0, 2, 2)]
-    second = cut.prefill(torch.cat([long[3:17], one, few[2:]]), middle)
+    second = cut.prefill(torch.cat([long[3:17], one, few[2:]]), middle).clone()
     third = cut.prefill(long[17:], [(1, 17, 1)])
     order = [first[2:], second[:14], third, second[14:15], first[:2], second[15:]]
     assert torch.equal(torch.cat(order), features) and equal(cut)
@@ -210,13 +210,13 @@ def test_a_prompt_of_any_length_has_the_same_bits_packed_and_cut():
     together, alone, cut = engines
     packed = [(slot, 0, n) for slot, n in enumerate(lengths)]
     features = together.prefill(torch.cat(prompts), packed)
-    apart = [alone.prefill(tokens, [span]) for tokens, span in zip(prompts, packed)]
+    apart = [alone.prefill(tokens, [span]).clone() for tokens, span in zip(prompts, packed)]
     assert torch.equal(torch.cat(apart), features)
     parts = []
     for slot, (tokens, n) in enumerate(zip(prompts, lengths)):
         for start in range(0, n, 37 + slot):
             some = tokens[start : start + 37 + slot]
-            parts.append(cut.prefill(some, [(slot, start, len(some))]))
+            parts.append(cut.prefill(some, [(slot, start, len(some))]).clone())
     assert torch.equal(torch.cat(parts), features)
     for engine in (alone, cut):
         assert torch.equal(engine.cache.k, together.cache.k)

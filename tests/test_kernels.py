@@ -304,7 +304,7 @@ def whole(A):
 
 def one_call(M, D):
     """What vectorwise_quant() is given once."""
-    return *quant_buffers(M, D, DEVICE), quant_lists(M, D, 1, DEVICE)[0]
+    return *quant_buffers(M, D, DEVICE), quant_lists((), M, D, DEVICE)
 
 
 def groups_of(large):
@@ -413,6 +413,23 @@ def test_a_row_of_a_prompt_has_the_same_bits_in_any_company(before):
     for order in ([3], [5, 3]):
         spoilt = product(x, weights, order, before, norm, same_step)
         assert torch.equal(spoilt[-1:], together[[3]]) == (order == [3])
+
+
+def test_each_block_has_its_own_list_and_each_row_its_own_digits():
+    """Large entries in one column of the first 128 rows, in another of the next; one row has three
+    digits, the others two, whose third is undefined."""
+    M, D = 140, 96
+    x, weights = random(M, D).clamp(-4, 4).half(), matrix(D, 40)
+    x[:128, 3], x[128:, 70], x[5, 3] = 20, 20, 6e4
+    digits, *rest = one_call(M, D)
+    A = llm_int8.vectorwise_quant(x, (digits.fill_(77), *rest))
+    assert A[2].tolist() == [3 if m == 5 else 2 for m in range(M)]
+    out, theirs = (
+        torch.zeros(M, 40, device=DEVICE, dtype=t) for t in (torch.float32, torch.double)
+    )
+    llm_int8.mixed_scaled_mm(A, weights, out, "store")
+    llm_int8.mixed_scaled_mm_torch((whole(A), A[1]), weights, theirs, "store")
+    assert torch.allclose(out.double(), theirs, rtol=2**-20, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [1e4, 6e4])
@@ -534,7 +551,7 @@ def test_prefill_attention_at_real_sizes(H, Hkv, K):
 
 @pytest.mark.parametrize("H, Hkv, K", [(40, 8, 128), (8, 8, 64)] if CUDA else [(2, 1, 16)])
 def test_prefill_attention_has_the_same_bits_however_rows_are_cut(H, Hkv, K):
-    """Also in the two sizes of tiles; a key that changes in its last bit shows."""
+    """A key that changes in its last bit shows."""
     T, S = 140, 200
     qkv = random(T, (H + 2 * Hkv) * K, dtype=torch.float16)
     caches = [random(2, S, Hkv, K, dtype=torch.float16) for _ in range(2)]

@@ -7,7 +7,7 @@ for compute capability 8.0 and later.
 A prompt: llm_int8 (linear layers), rotary, prefill_attention, which launch starts. A step: few_rows
 (linear layers, rotation, cache), attention, lookup. Both: few_rows for the output head, sampling.
 
-Letters in shapes: T tokens of a prompt, B rows of a step, D inputs, N outputs, S length of the
-cache, H heads, Hkv heads of keys and values, K head dimension. CA are the codes of activations, CB
-and SCB the codes and scales of weights, as bitsandbytes names them.
+Letters in shapes: T tokens (or M rows) of a prompt, B rows of a step, D inputs, N outputs, S length
+of the cache, H heads, Hkv heads of keys and values, K head dimension. CB and SCB are the codes and
+scales of weights, as bitsandbytes names them.
 """

@@ -4,10 +4,10 @@ A decode step is a chain of short kernels in one CUDA graph, and the overhead is
 From compute capability 9.0 on they are launched as programmatic dependents: each requests its own
 weights, waits for the kernel before it, and lets the next one start before it ends itself.
 
-A short prompt, too, takes longer to launch than to compute, but its length varies: a graph holds
-the passes of one length from the second on. Where there is none, Triton examines every argument of
-every launch, which takes 20 us on a slow host; for layers that repeat, examining those of the first
-is enough.
+Launching a short prompt takes longer than computing it. The first pass of a length is launched
+kernel by kernel, the second is captured, later ones are replayed. Triton would examine every
+argument of every launch, which takes 20 us on a slow host; for layers that repeat, examining those
+of the first is enough.
 """
 
 import threading
@@ -41,10 +41,12 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     _thread.at = at + 1
 
 
-def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what `work` launches. It must have run before, which compiles it. Other
-    threads may use the GPU meanwhile."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+def captured(
+    work: Callable[[], None], stream: torch.cuda.Stream | None = None
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `work` launches on a stream. It must have run before, which compiles it.
+    Other threads may use the GPU meanwhile."""
+    stream, graph = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         try:

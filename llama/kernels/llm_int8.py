@@ -21,10 +21,11 @@ from llama.kernels.few_rows import Norm, normalized
 from llama.kernels.launch import launch
 
 SMS = 132  # of an H200
-# Rows and outputs that a program computes, stages of its loads, such programs an SM, and us that
-# they take with 5,120 columns. The linears of a layer of 13B take 295 us for 512 rows and 988 for
-# 1,900 (int8 peak: 164 and 609; float8 in the same loop, where Triton does not wait for each
-# product: 286 and 946); TMA descriptors: 2 % less, 128 x 256 tiles: 20 % more (H200, 2026-11-28).
+# Rows and outputs of a program, stages of its loads, programs that share an SM, and microseconds
+# that they take with 5,120 columns. The linears of a layer of 13B take 295 us for 512 rows and 988
+# for 1,900. The peak of int8 is 164 and 609; float8 in the same loop, where Triton does not wait
+# for each product, took 286 and 946. With TMA descriptors they took 2 % less time, which is not
+# worth their code, with tiles of 128 x 256 20 % more (H200, 2026-11-28).
 TILES = (
     (128, 128, 3, 2, 38),
     (64, 128, 3, 3, 35),
@@ -34,10 +35,8 @@ TILES = (
 )
 BLOCK_K = 128  # columns a step; 64: 15 % slower
 WARPS = 4
-# Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (same GPU).
+# Blocks of rows that share weights in the cache; 8: 1,900 rows took 5 % longer, 4: 2 % (H200).
 NEIGHBOURS = 16
-# Of the 326 us of those products for 512 rows 31 are for 5 kept columns, of 398 103 for 30; in
-# one loop with the others: 380 and 457 (same GPU).
 TWO_DIGITS = 32000.0  # what 256 middle + low can say, in steps
 # Int32 holds codes up to 127 times whole numbers that add up to 2^22, which kept entries do, and D
 # products of two codes (D < 65,000). What wraps around on the way there does no harm.
@@ -104,9 +103,9 @@ def vectorwise_quant_kernel(
     scale = tl.maximum(tl.max(most_small, 0) / 127, tl.sum(sum_kept, 0) / MOST_STEPS)
     inverse = 1 / tl.maximum(scale, 1e-30)
     kept = tl.max(most_kept, 0)
-    places = 1 + (kept > 0).to(tl.int32) + (kept * inverse > TWO_DIGITS).to(tl.int32)
+    digits_used = 1 + (kept > 0).to(tl.int32) + (kept * inverse > TWO_DIGITS).to(tl.int32)
     tl.store(step + m, scale)
-    tl.store(used + m, places)
+    tl.store(used + m, digits_used)
     digits += 3 * row
     for i in tl.static_range(TILES):
         d = i * TILE + tl.arange(0, TILE)
@@ -114,16 +113,16 @@ def vectorwise_quant_kernel(
         rest = (whole + 128) >> 8
         higher = (rest + 128) >> 8
         tl.store(digits + d, (whole - (rest << 8)).to(tl.int8), mask=d < D)
-        if places > 1:
+        if digits_used > 1:
             tl.store(digits + D + d, (rest - (higher << 8)).to(tl.int8), mask=d < D)
-        if places > 2:
+        if digits_used > 2:
             tl.store(digits + 2 * D + d, higher.to(tl.int8), mask=d < D)
 
     if kept > 0:  # list the groups that no other row of the block has listed
         GROUPS: tl.constexpr = (D + LIST_COLUMNS - 1) // LIST_COLUMNS
         counts = lists + m // LIST_ROWS * LIST
         flags, listed = counts + 2, counts + 2 + GROUPS
-        if places > 2:
+        if digits_used > 2:
             tl.store(counts + 1, 1)
         for i in tl.static_range(TILES):
             g = i * (TILE // LIST_COLUMNS) + tl.arange(0, TILE // LIST_COLUMNS)
@@ -139,13 +138,15 @@ def vectorwise_quant_kernel(
 def vectorwise_quant(
     x: Tensor, buffers: Buffers, before: str = "nothing", norm: Norm = None
 ) -> Buffers:
-    """Rows A (M, D) fp16 as whole multiples of a step each, rounded; each row's largest entry below
-    OUTLIER_THRESHOLD is 127 of its steps. A is what `before` makes of x: "nothing" x itself;
-    "rms_norm" of x (M, D) float32; "swiglu" silu(first half) * second half of x (M, 2 D) fp16.
-    Returns the `buffers`, from quant_buffers(), for mixed_scaled_mm(): the low, middle and top
-    digits of A (M, 3, D), the steps (M,), how many of the three each row uses (M,), the others
-    being undefined, and what is listed for each LIST_ROWS rows: zeros before. Where a row is not
-    finite, neither is its step."""
+    """Rows A (M, D) fp16 as whole multiples of a step each, rounded. `before` makes A of x:
+    "nothing" x itself, "rms_norm" of x (M, D) float32, "swiglu" silu(first half) * second half of
+    x (M, 2 D) fp16. A row's step is its largest entry below OUTLIER_THRESHOLD / 127, or the sum of
+    its kept entries / MOST_STEPS if that is more; where the row is not finite, neither is its step.
+
+    `buffers` are those of quant_buffers(M, D), and a list of quant_lists(), all zeros. Returned,
+    for mixed_scaled_mm(), they are the low, middle and top digits of A (M, 3, D), the steps (M,),
+    how many of the three each row uses (M,), the others being undefined, and which groups of
+    columns have middle and top digits."""
     M, _, D = buffers[0].shape
     warps = 8 if D <= 8192 else 16
     tile = 128 * warps
@@ -168,7 +169,9 @@ def multiplied(
     whole, digits, CB, listed, n_listed, row, rows, outputs,
     D: tl.constexpr, BLOCK_K: tl.constexpr, LIST_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """whole, plus the digits times CB in the listed groups of columns."""
+    """whole, plus the digits times CB in the listed groups of columns. Of the 326 us that the
+    linears of a layer take for 512 rows, 31 are for 5 kept columns, of 398 103 for 30. In one loop
+    with the low digits they took 380 and 457 (H200, 2026-11-28)."""
     k = tl.arange(0, BLOCK_K)
     for start in range(0, n_listed, BLOCK_K // LIST_COLUMNS):
         i = start + k // LIST_COLUMNS
@@ -189,8 +192,8 @@ def mixed_scaled_mm_kernel(
     NEIGHBOURS: tl.constexpr, THEN: tl.constexpr, LIST_ROWS: tl.constexpr,
     LIST_COLUMNS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes a tile. Float32 operations are fused only where the code calls fma: for
-    the same bits in any tiles."""
+    """Each program computes a tile. No float32 operations are fused, so that tiles of any size give
+    the same bits."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
@@ -210,15 +213,15 @@ def mixed_scaled_mm_kernel(
     GROUPS: tl.constexpr = (D + LIST_COLUMNS - 1) // LIST_COLUMNS
     counts = lists + m0 // LIST_ROWS * LIST
     listed, n_listed, has_top = counts + 2 + GROUPS, tl.load(counts), tl.load(counts + 1)
-    known = tl.load(used + m0 + m, mask=m < M - m0, other=0)[:, None]
+    digits_used = tl.load(used + m0 + m, mask=m < M - m0, other=0)[:, None]
     if n_listed > 0:
         if has_top > 0:
             whole = multiplied(
-                whole, digits + 2 * D, CB, listed, n_listed, known > 2, rows, outputs,
+                whole, digits + 2 * D, CB, listed, n_listed, digits_used > 2, rows, outputs,
                 D, BLOCK_K, LIST_COLUMNS,
             ) * 256  # fmt: skip
         whole = multiplied(
-            whole, digits + D, CB, listed, n_listed, known > 1, rows, outputs,
+            whole, digits + D, CB, listed, n_listed, digits_used > 1, rows, outputs,
             D, BLOCK_K, LIST_COLUMNS,
         ) * 256  # fmt: skip
 
@@ -232,7 +235,7 @@ def mixed_scaled_mm_kernel(
     n = tl.arange(0, BLOCK_N)
     there = row & (n < N - n0)[None, :]
     target = out + m0.to(tl.int64) * N + n0 + m[:, None] * N + n[None, :]
-    if THEN == "add":  # with a load, which spills registers, wo took 42 us on 512 rows; now 34
+    if THEN == "add":  # with a load, which spills registers, wo took 42 us instead of 34 (H200)
         tl.atomic_add(target, y, mask=there, sem="relaxed")
     else:
         tl.store(target, y.to(out.dtype.element_ty), mask=there)
