@@ -44,16 +44,16 @@ class PrefillBuffers:
         self.dim_lists = quant_lists((args.n_layers, 3), T, args.dim, device)
         self.hidden_lists = quant_lists((args.n_layers,), T, args.hidden_dim, device)
 
-    def first(self, T: int) -> "PrefillBuffers":
-        """The same memory for a pass of fewer tokens, which are padded."""
-        part, most = copy.copy(self), len(self.tokens)
+    def part(self, T: int) -> "PrefillBuffers":
+        """Views of this memory for a pass of T tokens, padded to whole tiles."""
+        view, most = copy.copy(self), len(self.tokens)
         T = -(-T // TILE_ROWS) * TILE_ROWS
-        part.tiles = self.tiles[: len(self.tiles) - (most - T) // TILE_ROWS]
+        view.tiles = self.tiles[: len(self.tiles) - (most - T) // TILE_ROWS]
         for name in ("tokens", "places", "residual", "qkv", "heads", "w13"):
-            setattr(part, name, getattr(self, name)[:T])
+            setattr(view, name, getattr(self, name)[:T])
         for name in ("dim", "hidden"):
-            setattr(part, name, tuple(x[:T] for x in getattr(self, name)))
-        return part
+            setattr(view, name, tuple(x[:T] for x in getattr(self, name)))
+        return view
 
 
 class DecodeBuffers:

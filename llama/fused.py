@@ -54,7 +54,7 @@ class FusedEngine:
         PACK_ALONE tokens (T,) that are the spans of different slots, side by side; the next pass
         overwrites it. What comes before a span is in the cache; its own keys and values are
         added."""
-        count, buffers = len(tokens), self.pass_buffers.first(len(tokens))
+        count, buffers = len(tokens), self.pass_buffers.part(len(tokens))
         T = len(buffers.tokens)
         places = places_of(spans, self.cache.k.shape[2], T)
         buffers.places.copy_(places, non_blocking=True)

@@ -195,10 +195,10 @@ def mixed_scaled_mm_kernel(
     """Each program computes a tile. No float32 operations are fused, so that tiles of any size give
     the same bits."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (NEIGHBOURS * tiles_n)
+    band = tl.program_id(0) // (NEIGHBOURS * tiles_n)
     within = tl.program_id(0) % (NEIGHBOURS * tiles_n)
-    side_by_side = tl.minimum(NEIGHBOURS, tiles_m - group * NEIGHBOURS)
-    m0 = (group * NEIGHBOURS + within % side_by_side) * BLOCK_M
+    side_by_side = tl.minimum(NEIGHBOURS, tiles_m - band * NEIGHBOURS)
+    m0 = (band * NEIGHBOURS + within % side_by_side) * BLOCK_M
     n0 = within // side_by_side * BLOCK_N
     digits += m0.to(tl.int64) * (3 * D)
     CB += n0.to(tl.int64) * D
