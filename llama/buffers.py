@@ -25,16 +25,15 @@ LIST_COLUMNS = 16
 
 
 class PrefillBuffers:
-    """For passes of up to T tokens of sequences in so many slots: which tokens they are, where they
-    go, and what their layers work in."""
+    """For passes of up to PACK_ALONE tokens of sequences in so many slots of a length: which tokens
+    they are, where they go, and what their layers work in."""
 
-    def __init__(self, args: ModelArgs, T: int, slots: int, device: torch.device):
+    def __init__(self, args: ModelArgs, slots: int, length: int, device: torch.device):
         half = {"dtype": torch.float16, "device": device}
-        tiles = -(-T // TILE_ROWS)
-        T = tiles * TILE_ROWS
+        T = in_whole_tiles(min(PACK_ALONE, slots * length))
         self.tokens = torch.zeros(T, dtype=torch.long, device=device)
         self.places = torch.empty(T, dtype=torch.int32, device=device)
-        self.tiles = torch.empty(tiles + slots, 4, dtype=torch.int32, device=device)
+        self.tiles = torch.empty(T // TILE_ROWS + slots, 4, dtype=torch.int32, device=device)
         self.residual = torch.empty(T, args.dim, dtype=torch.float32, device=device)
         self.qkv = torch.empty(T, (args.n_heads + 2 * args.kv_heads) * args.head_dim, **half)
         self.heads = torch.empty(T, args.dim, **half)
@@ -46,8 +45,7 @@ class PrefillBuffers:
 
     def part(self, T: int) -> "PrefillBuffers":
         """Views of this memory for a pass of T tokens, padded to whole tiles."""
-        view, most = copy.copy(self), len(self.tokens)
-        T = -(-T // TILE_ROWS) * TILE_ROWS
+        view, most, T = copy.copy(self), len(self.tokens), in_whole_tiles(T)
         view.tiles = self.tiles[: len(self.tiles) - (most - T) // TILE_ROWS]
         for name in ("tokens", "places", "residual", "qkv", "heads", "w13"):
             setattr(view, name, getattr(self, name)[:T])
@@ -65,6 +63,10 @@ class DecodeBuffers:
         self.hidden = torch.empty(B, args.hidden_dim, **single)
         self.logits = torch.empty(B, args.vocab_size, **single)
         self.attend = attend_buffers(B, args.n_heads, args.kv_heads, args.head_dim, device)
+
+
+def in_whole_tiles(T: int) -> int:
+    return -(-T // TILE_ROWS) * TILE_ROWS
 
 
 def quant_buffers(M: int, D: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -315,12 +315,7 @@ class Decoder:
         lengths are put back, and the rest is overwritten when the graph runs."""
         state = [self.tokens, self.lengths]
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # cuBLAS makes a workspace for each stream
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graphs[self.verified] = captured(forward, stream)
+        self.graphs[self.verified] = captured(forward, warm_up=True)
         if len(self.graphs) == 2:
             self.watch.cost = milliseconds(self.graphs[True]) / milliseconds(self.graphs[False])
         for tensor, value in zip(state, before):

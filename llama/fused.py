@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from llama.buffers import PACK, PACK_ALONE, DecodeBuffers, Pair, PrefillBuffers
+from llama.buffers import PACK, DecodeBuffers, Pair, PrefillBuffers
 from llama.int8 import join
 from llama.kernels.attention import attend as attend_one
 from llama.kernels.few_rows import linear, split
@@ -42,9 +42,8 @@ class FusedEngine:
         self.model, self.cache = model, cache
         self.layers = [[join(group) for group in layer.linears()] for layer in model.layers]
         self.output = join([model.output])
-        slots, S = cache.k.shape[1:3]
-        rows, device = min(PACK_ALONE, slots * S), cache.k.device
-        self.pass_buffers = PrefillBuffers(model.args, rows, slots, device)
+        (slots, S), device = cache.k.shape[1:3], cache.k.device
+        self.pass_buffers = PrefillBuffers(model.args, slots, S, device)
         self.step_buffers = DecodeBuffers(model.args, slots * each, device)
         # By the padded length of a pass: None after a first one, which compiles; then its graph.
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
@@ -66,7 +65,7 @@ class FusedEngine:
         if T in self.graphs:
             # The second pass of a length takes as long as the first, the next ones about half of it
             # for 128 tokens of 13B; from PACK on the host is no longer what takes longest.
-            self.graphs[T] = self.graphs[T] or captured(layers)
+            self.graphs[T] = self.graphs[T] or captured(layers, warm_up=False)
             self.graphs[T].replay()
         else:
             layers()

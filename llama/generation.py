@@ -341,7 +341,7 @@ class LLaMA:
             with forgetting(), self._turn():
                 engine = make_engine(self.model, self.engine, 1, len(ids))
                 passes = in_passes(engine, ids, PACK_ALONE)
-                parts = (part for whole in passes for part in whole.split(PACK))
+                parts = (part for features in passes for part in features.split(PACK))
             while True:
                 with forgetting(), self._turn():
                     if (part := next(parts, None)) is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from llama.buffers import MOST_ROWS, PACK_ALONE, DecodeBuffers, PrefillBuffers
+from llama.buffers import MOST_ROWS, DecodeBuffers, PrefillBuffers
 from llama.int8 import Int8Linear
 from llama.lookup import EACH
 from llama.model import KVCache, ModelArgs, Transformer
@@ -48,7 +48,7 @@ def need(
     args = model.args
     rotation = args.max_seq_len * args.head_dim * torch.float32.itemsize
     cache = KVCache(args, batch, length, dtype, META)
-    prefill = PrefillBuffers(args, min(PACK_ALONE, batch * length), batch, META)
+    prefill = PrefillBuffers(args, batch, length, META)
     # At least what lookup.rows_each() allows, and never less for more sequences.
     rows = max(batch, min(EACH * batch, MOST_ROWS)) if lookup else batch
     decode = DecodeBuffers(args, rows, META)

@@ -184,16 +184,18 @@ def test_ctrl_c_between_two_turns_leaves_torch_as_it_was(demo):
                 if len(seen) == moment:
                     raise KeyboardInterrupt
 
+        kept = None
         sys.setprofile(interrupt)
         try:
             demo.generate(["A"], 2)
-            break
-        except KeyboardInterrupt as kept:
-            sys.setprofile(None)
-            assert kept.__traceback__
-            assert not torch.is_inference_mode_enabled() and not demo._lock.locked(), seen[-1]
+        except KeyboardInterrupt as error:
+            kept = error
         finally:
             sys.setprofile(None)
+        if kept is None:
+            break
+        assert kept.__traceback__
+        assert not torch.is_inference_mode_enabled() and not demo._lock.locked(), seen[-1]
     assert moments > 100
 
 

@@ -41,13 +41,16 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     _thread.at = at + 1
 
 
-def captured(
-    work: Callable[[], None], stream: torch.cuda.Stream | None = None
-) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what `work` launches on a stream. It must have run before, which compiles it.
-    Other threads may use the GPU meanwhile."""
-    stream, graph = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
+def captured(work: Callable[[], None], warm_up: bool) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `work` launches. With warm_up it runs before, to compile; else it must
+    have run, and call no library that makes a workspace for each stream, as cuBLAS does. Other
+    threads may use the GPU meanwhile."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
+    if warm_up:
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.stream(stream):
         try:
             graph.capture_begin(capture_error_mode="thread_local")
