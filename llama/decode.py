@@ -56,7 +56,8 @@ class TorchEngine:
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Float32 logits (B, V) of what follows tokens (B,) at positions (B,)."""
-        return self.model(tokens[:, None], positions, self.cache)
+        # Not by forward(): Ctrl-C as it enters inference mode once more would leave that on.
+        return self.head(self.model.features(tokens[:, None], positions, self.cache)[:, -1])
 
     def cost(self, each: int) -> float:
         """Plain steps that a step with `each` rows a sequence would take: nothing is to be gained,

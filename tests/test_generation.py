@@ -9,6 +9,7 @@ import traceback
 import pytest
 import torch
 from conftest import DEVICES
+from torch.autograd import grad_mode
 
 from llama import LLaMA, Settings, decode, device, generation
 from llama.decode import Decoder
@@ -172,7 +173,7 @@ def test_loading_writes_nothing_to_stdout(monkeypatch, capsys):
 def test_ctrl_c_between_two_turns_leaves_torch_as_it_was(demo):
     """Python looks for signals where a function begins and where one written in C has returned: at
     each of these moments around a turn, though the error is kept, as a notebook keeps it."""
-    files = contextlib.__file__, device.__file__, generation.__file__
+    files = contextlib.__file__, device.__file__, generation.__file__, grad_mode.__file__
     moments = 0
     while True:
         seen = []

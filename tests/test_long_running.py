@@ -22,6 +22,7 @@ import torch
 from conftest import DEVICES
 
 from llama import LLaMA, generation
+from llama.decode import TorchEngine
 from llama.device import use_cores
 from llama.model import KVCache
 
@@ -140,14 +141,14 @@ def test_a_job_that_is_killed_again_and_again_has_every_result_once(tmp_path):
 @pytest.mark.parametrize("step", [1, 2, 8])
 def test_out_of_memory_names_the_flags_and_a_smaller_call_works(demo, monkeypatch, step):
     expected = demo.generate(PROMPTS[:1], 8, seed=1)
-    forward, steps = demo.model.forward, itertools.count(1)
+    compute, steps = TorchEngine.step, itertools.count(1)
 
     def failing(*args):
         if next(steps) == step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-        return forward(*args)
+        return compute(*args)
 
-    monkeypatch.setattr(demo.model, "forward", failing)
+    monkeypatch.setattr(TorchEngine, "step", failing)
     with pytest.raises(MemoryError, match="lower --max_batch_size, --max_gen_len or"):
         demo.generate(PROMPTS, 20)
     assert sys.exc_info()[0] is None and caches() == 0  # though a notebook keeps the error
@@ -250,18 +251,18 @@ def test_another_threads_own_work_on_the_gpu_does_not_disturb_a_capture():
 
 def test_threads_take_turns_a_step_at_a_time(demo, monkeypatch):
     """None waits for the end of another's text, and no two are in the model at once."""
-    forward, inside, order, most = demo.model.forward, [], [], set()
+    compute, inside, order, most = TorchEngine.step, [], [], set()
 
     def watched(*args):
         inside.append(1)
         order.append(threading.get_ident())
         time.sleep(0.001)
         most.add(len(inside))
-        result = forward(*args)
+        result = compute(*args)
         inside.pop()
         return result
 
-    monkeypatch.setattr(demo.model, "forward", watched)
+    monkeypatch.setattr(TorchEngine, "step", watched)
     in_threads(lambda i: demo.generate(PROMPTS, 30, seed=i), 3)
     changes = sum(one != other for one, other in zip(order, order[1:]))
     assert most == {1}
